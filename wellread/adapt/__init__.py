@@ -1,0 +1,5 @@
+"""Learn a new task from little."""
+
+from wellread.catalog import chapter
+
+chapter(__name__)

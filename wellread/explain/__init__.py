@@ -1,0 +1,5 @@
+"""Why did it say that."""
+
+from wellread.catalog import chapter
+
+chapter(__name__)
