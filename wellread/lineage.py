@@ -106,3 +106,36 @@ def model_card(network: Network) -> str:
         lines += ["", "## Measured", "", "| data | rows | metric | value |", "| --- | --- | --- | --- |"]
         lines += [f"| {m['data']} | {m['rows']} | {k} | {v:.4g} |" for m in network.measured for k, v in m["metrics"].items()]
     return str(ModelCard(f"---\n{data.to_yaml()}\n---\n\n" + "\n".join(lines) + "\n"))
+
+
+def drawing(lineage: list[Step]) -> str:
+    """The lineage as an SVG graph for a page: one box a step, oldest on the left, arrows from parents to children."""
+    from html import escape
+    from textwrap import wrap
+
+    by_result = {each["result"]: number for number, each in enumerate(lineage) if each["result"]}
+    parents = [[by_result[p] for p in each["parents"] if by_result.get(p, number) != number] for number, each in enumerate(lineage)]
+    depth = [0] * len(lineage)
+    for number in range(len(lineage)):  # parents come before children
+        depth[number] = 1 + max((depth[p] for p in parents[number]), default=-1)
+    columns = [[n for n, d in enumerate(depth) if d == column] for column in range(max(depth, default=-1) + 1)]
+    width, height, gap_x, gap_y = 200, 92, 50, 18
+    place = {
+        number: (column * (width + gap_x), row * (height + gap_y)) for column, members in enumerate(columns) for row, number in enumerate(members)
+    }
+    total_w = len(columns) * (width + gap_x)
+    total_h = max((len(members) for members in columns), default=0) * (height + gap_y)
+    parts = [f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {total_w} {total_h}" width="{total_w}" style="max-width:100%" font-family="sans-serif">']
+    for number, (x, y) in place.items():
+        for parent in parents[number]:
+            px, py = place[parent]
+            ax, ay, bx, by = px + width, py + height / 2, x, y + height / 2
+            parts.append(f'<path d="M{ax},{ay} C{ax + gap_x / 2},{ay} {bx - gap_x / 2},{by} {bx},{by}" fill="none" stroke="#868e96" stroke-width="1.5"/>')
+    for number, (x, y) in place.items():
+        each = lineage[number]
+        changed = ", ".join(f"{k}={v}" for k, v in each["settings"].items() if v is not None and k in ("name", "mode", "recipe", "epochs", "learning_rate", "seed", "size"))
+        lines = [*wrap(changed, 32)[:2], *(f"{d['name']}, {d['rows']} rows" for d in each["data"][:2])][:4]
+        parts.append(f'<rect x="{x}" y="{y}" width="{width}" height="{height}" rx="6" fill="#f1f3f5" stroke="#495057"/>')
+        parts.append(f'<text x="{x + 10}" y="{y + 20}" font-size="14" font-weight="bold">{escape(each["method"])}</text>')
+        parts += [f'<text x="{x + 10}" y="{y + 38 + 15 * i}" font-size="11">{escape(line[:36])}</text>' for i, line in enumerate(lines)]
+    return "".join(parts) + "</svg>"
