@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import importlib
 import json
+import resource
 import shutil
 import subprocess
 import sys
@@ -15,7 +17,8 @@ import wellread
 from wellread import catalog
 from wellread.errors import BadInput
 
-CARD = """---
+CARD = (
+    """---
 title: "Averaging the weights of many fine-tuned networks makes one accurate and fast network"
 paper: {authors: "Somebody et al.", year: 2022, arxiv: "2203.05482", code: "somebody/soups"}
 wish: I fine-tuned one network several times; give me one better than the best of them.
@@ -24,7 +27,10 @@ gets: one network
 claims:
   - {on: "ImageNet", metric: "top-1 %", baseline: 80.38, method: 81.03, source: "paper, table 3"}
 ---
-""" + ("It walks from the best network to the worst and keeps those that help. " * 7) + "\n\nWhen not to use it: the networks began at different weights.\n"
+"""
+    + ("It walks from the best network to the worst and keeps those that help. " * 8)
+    + "\n\nWhen not to use it: the networks began at different weights.\n"
+)
 
 CODE = '''"""A method (arXiv 2203.05482)."""
 
@@ -46,7 +52,9 @@ def NAME(a: int, *, rule: str = "greedy", times: int = 3) -> int:
 def write_method(root: Path, chapter: str, stem: str, card: str = CARD) -> Path:
     folder = root / chapter
     folder.mkdir(parents=True, exist_ok=True)
-    (folder / "__init__.py").write_text('"""Several networks into one.\n\nMore words.\n"""\n\nfrom wellread import catalog\n\ncatalog.chapter(__name__)\n')
+    (folder / "__init__.py").write_text(
+        '"""Several networks into one.\n\nMore words.\n"""\n\nfrom wellread import catalog\n\ncatalog.chapter(__name__)\n'
+    )
     (folder / f"{stem}.py").write_text(CODE.replace("NAME", stem))
     (folder / f"{stem}.md").write_text(card)
     return folder / f"{stem}.md"
@@ -71,7 +79,7 @@ def test_a_card_is_read(root):
     write_method(root, "merging", "stone_soup")
     (card,) = catalog.methods()
     assert (card.name, card.module, card.chapter) == ("stone-soup", "wellread.merging.stone_soup", "merging")
-    assert card.paper["arxiv"] == "2203.05482" and card.claims[0]["method"] == 81.03
+    assert card.paper["arxiv"] == "2203.05482" and card.claims[0]["method"] == 81.03 and card.claims[0]["on"] == "ImageNet"
     assert card.body.startswith("It walks") and not card.draft
     assert catalog.card("stone-soup") == catalog.card("stone_soup") == card
     assert catalog.chapters() == {"merging": "Several networks into one."}
@@ -141,9 +149,8 @@ def test_a_finished_card_has_no_problems(root):
         ('source: "paper, table 3"', 'source: ""', "claim 1 has no 'source'"),
         ('source: "paper, table 3"', 'source: "memory"', "looked up"),
         ("method: 81.03, ", "", "claim 1 has no 'method'"),
-        ("keeps those that help. ", "keeps. ", "at least 80"),
+        ("best network to the worst and ", "", "at least 80"),
         ("When not to use it:", "Remember:", "when not to use"),
-        ("Remember", "Remember", None),
         ("When not", '"The weights of all the networks lie in one and the same basin of the loss." When not', "quotation"),
         ("When not", "Averaging the weights of many fine-tuned networks makes one. When not", "repeats the paper's title"),
     ],
@@ -151,7 +158,7 @@ def test_a_finished_card_has_no_problems(root):
 def test_what_a_card_lacks_is_named(root, old, new, problem):
     write_method(root, "merging", "stone_soup", CARD.replace(old, new))
     problems = catalog.check_card(catalog.card("stone-soup"))
-    assert [problem in each for each in problems] == [True] if problem else problems == []
+    assert [problem in each for each in problems] == [True]
 
 
 def test_words_find_cards(root):
@@ -180,7 +187,9 @@ def test_measurements_are_found_and_age(root):
 
 def test_the_signature_is_read_without_an_import(root):
     path = write_method(root, "merging", "stone_soup")
-    assert catalog.signature("stone-soup").startswith("stone_soup(\n    a: int,\n    *,\n    rule: str = 'greedy',\n    times: int = 3,\n) -> int\n\nWhat it")
+    assert catalog.signature("stone-soup").startswith(
+        "stone_soup(\n    a: int,\n    *,\n    rule: str = 'greedy',\n    times: int = 3,\n) -> int\n\nWhat it"
+    )
     path.with_suffix(".py").write_text("import nothing_of_this_name\n\n\ndef stone_soup(a, b=2): ...\n")
     assert catalog.signature("stone-soup") == "stone_soup(\n    a,\n    b = 2,\n)"
     path.with_suffix(".py").write_text("def soup(): ...\n")
@@ -201,8 +210,7 @@ def test_a_method_is_a_function_of_its_chapter(root):
 
     assert helper(2) == 3
     assert merging.stone_soup is catalog.function("stone-soup") and wellread.merging.stone_soup(1) == 2
-    import wellread.merging.shared  # type: ignore[import-not-found]
-
+    importlib.import_module("wellread.merging.shared")
     assert merging.shared.value == 1  # a submodule without a function of its name stays a module
     with pytest.raises(AttributeError, match="stone_soop"):
         merging.stone_soop  # noqa: B018
@@ -210,30 +218,37 @@ def test_a_method_is_a_function_of_its_chapter(root):
 
 def test_a_function_is_there_whichever_import_comes_first(root):
     write_method(root, "merging", "stone_soup")
-    from wellread.merging.stone_soup import stone_soup
-
+    module = importlib.import_module("wellread.merging.stone_soup")
     import wellread.merging as merging
 
-    assert merging.stone_soup is stone_soup
+    assert merging.stone_soup is module.stone_soup
 
 
 def test_eighty_five_methods_are_listed_at_once(tmp_path):
-    """In a copy of the package, from the start of the interpreter to its end; the best of five, since other work may be running."""
+    """In a copy of the package, from the start of the interpreter to its end. Processor time, which on an idle machine is the time it takes."""
     package = tmp_path / "wellread"
     shutil.copytree(Path(catalog.__file__).parent, package, ignore=lambda folder, names: [name for name in names if not name.endswith(".py")])
     for number in range(85):
         write_method(package, f"chapter{number % 13}", f"method_{number}", CARD + "More words about it. " * 100)
     seconds = []
     for _ in range(5):
-        start = time.perf_counter()
+        before = resource.getrusage(resource.RUSAGE_CHILDREN)
         done = subprocess.run([sys.executable, "-m", "wellread", "list"], cwd=tmp_path, capture_output=True, text=True, check=True)
-        seconds.append(time.perf_counter() - start)
+        after = resource.getrusage(resource.RUSAGE_CHILDREN)
+        seconds.append(after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime)
     assert len(done.stdout.splitlines()) == 85
     assert min(seconds) <= 0.3
 
 
-@pytest.mark.parametrize("command", ["['list']", "['list', '--markdown']", "['measured']", "['--help']", "['run', '--help']", "['show', 'no-such-method']"])
+@pytest.mark.parametrize(
+    "command", ["['list']", "['list', '--markdown']", "['measured']", "['--help']", "['run', '--help']", "['show', 'no-such-method']"]
+)
 def test_no_command_that_only_reads_cards_imports_torch(command):
-    code = f"import sys; from wellread.cli import main\ntry: main({command})\nfinally: print(sorted({{'torch', 'numpy', 'datasets', 'rich'}} & set(sys.modules)))"
+    code = f"""import sys
+from wellread.cli import main
+try:
+    main({command})
+finally:
+    print(sorted({{'torch', 'numpy', 'datasets', 'rich'}} & set(sys.modules)))"""
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.splitlines()[-1] == "[]"

@@ -23,7 +23,15 @@ import yaml
 
 from wellread.errors import BadInput
 
-_Loader = getattr(yaml, "CSafeLoader", yaml.SafeLoader)  # the C parser reads a card ten times as fast; not every platform has it
+
+class _Loader(getattr(yaml, "CSafeLoader", yaml.SafeLoader)):  # type: ignore[misc]  # the C parser is ten times as fast; not every platform has it
+    """YAML in which only true and false are truth values: in a claim, `on` is a word."""
+
+
+_Loader.yaml_implicit_resolvers = {
+    first: [(tag, pattern) for tag, pattern in resolvers if tag != "tag:yaml.org,2002:bool" or first in "tTfF"]
+    for first, resolvers in _Loader.yaml_implicit_resolvers.items()
+}
 
 
 @dataclass(frozen=True)
@@ -143,7 +151,7 @@ def check_card(entry: Card) -> list[str]:
         problems.append("paper has no year")
     if not any(paper.get(key) for key in ("arxiv", "doi", "url")):
         problems.append("paper has none of arxiv, doi, url")
-    elif "arxiv" in paper and not re.fullmatch(r"\d{4}\.\d{4,5}|[a-z-]+(\.[A-Z]{2})?/\d{7}", str(paper["arxiv"])):
+    elif "arxiv" in paper and not (isinstance(paper["arxiv"], str) and re.fullmatch(r"\d{4}\.\d{4,5}|[a-z-]+(\.[A-Z]{2})?/\d{7}", paper["arxiv"])):
         problems.append(f"paper.arxiv {paper['arxiv']!r} is not an arXiv number: quote it, YAML drops a last zero")
     if not entry.claims:
         problems.append("claims is missing or empty")
@@ -213,7 +221,7 @@ def _read_card(path: Path, _changed: int) -> Card:
     if start.strip() or not end:
         raise BadInput(f"the card {where} has no front matter: begin it with '---', YAML, '---'")
     try:
-        fields = yaml.load(front, Loader=_Loader)  # both loaders are the safe ones
+        fields = yaml.load(front, Loader=_Loader)  # a safe loader
     except yaml.YAMLError as error:
         raise BadInput(f"the front matter of the card {where} is not YAML: {' '.join(str(error).split())}") from None
     if not isinstance(fields, dict):

@@ -12,7 +12,9 @@ import shutil
 import sys
 import textwrap
 import traceback
-from collections.abc import Sequence
+import warnings
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from difflib import get_close_matches
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -279,7 +281,7 @@ class MethodOption(click.Option):
         notes = [] if parameter.required else [f"default: {_shown(parameter.default)}"]
         notes += ["repeat the option for each"] if parameter.many else []
         meaning = f"{parameter.help} [{'; '.join(notes)}]" if notes else parameter.help
-        common: dict[str, Any] = {"required": parameter.required, "help": meaning.strip(), "default": None, "multiple": parameter.many}
+        common: dict[str, Any] = {"required": parameter.required, "help": meaning.strip(), "multiple": parameter.many}
         if parameter.type is bool and not parameter.optional and not parameter.many:
             super().__init__([f"{flag}/--no-{flag[2:]}"], **common)
         elif _brought(parameter):
@@ -398,7 +400,7 @@ def run_method(card: catalog.Card, given: dict[str, Any], *, out: str, force: bo
     partial = target.with_name(target.name + ".partial")
     function = catalog.function(card.name)
     try:
-        with using(device=device, precision=precision, progress=first and not quiet, folder=partial):
+        with _plain_warnings(), using(device=device, precision=precision, progress=first and not quiet, folder=partial):
             if first:
                 _continue(partial, {"method": card.name, "code": catalog.code_sha256(card.name), "given": given, "precision": precision}, force)
             result = function(**given)
@@ -413,6 +415,16 @@ def run_method(card: catalog.Card, given: dict[str, Any], *, out: str, force: bo
         if first and partial.is_dir() and not _checkpoints(partial):
             shutil.rmtree(partial, ignore_errors=True)
     _print_result(result, out, as_json)
+
+
+@contextmanager
+def _plain_warnings() -> Iterator[None]:
+    """Warnings as one line each, without those that libraries address to programmers."""
+    with warnings.catch_warnings():
+        for category in (DeprecationWarning, PendingDeprecationWarning, FutureWarning):
+            warnings.simplefilter("ignore", category)
+        warnings.showwarning = lambda message, *_, **__: click.echo(f"note: {' '.join(str(message).split())}", err=True)
+        yield
 
 
 def _checkpoints(partial: Path) -> bool:
@@ -469,7 +481,7 @@ def evaluate(network: str, data: str, device: str, quiet: bool, as_json: bool) -
     from wellread.runtime import using
 
     table = as_data(data, split="test")
-    with using(device=device, progress=not quiet):
+    with _plain_warnings(), using(device=device, progress=not quiet):
         report = measure(load(network), table)
     if as_json:
         _json(report.to_dict())

@@ -35,6 +35,7 @@ class Needs:
 
     what: str
     columns: tuple[str, ...] = ("input",)
+    min_classes: int = 2
 
 
 Labelled = Annotated[Dataset, Needs("labelled examples: an image or text column and a label column", ("input", "label"))]
@@ -382,7 +383,7 @@ def check(data: Dataset, needs: Needs, column: str | None, argument: str, labels
         outside = np.flatnonzero((values < 0) | (values >= len(names)))
         if len(outside):
             raise BadInput(f"{argument} has the label {values[outside[0]]} in row {outside[0]}, outside 0...{len(names) - 1}: correct the labels")
-        if len(np.unique(values)) < 2:
+        if len(np.unique(values)) < needs.min_classes:
             raise BadInput(f"{argument} has one class only ({names[values[0]]}): at least two are needed")
         if labels_known is not None and len(names) > labels_known:
             raise BadInput(f"{argument} has {len(names)} classes and the network {labels_known}: give data with the network's classes, or train a new head")

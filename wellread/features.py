@@ -99,7 +99,7 @@ def stages(network: Network) -> list[str]:
 
         def note(_: nn.Module, __: Any, out: Any, name: str = name) -> None:
             value = out[0] if isinstance(out, tuple) else getattr(out, "last_hidden_state", out)
-            if isinstance(value, Tensor) and value.ndim in (3, 4) and (value.ndim == 3 or max(value.shape[2:]) > 1 or value.shape[1] == 1):
+            if isinstance(value, Tensor) and value.ndim in (3, 4) and not (seen and _is_pooling(seen[-1][1], value.shape)):
                 seen.append((name, tuple(value.shape)))
 
         hooks.append(layer_of(network.module, name).register_forward_hook(note))
@@ -124,6 +124,11 @@ def stages(network: Network) -> list[str]:
         blocks = [name for name in longest if name.rpartition(".")[2].isdigit()] or longest
         return [blocks[len(blocks) * quarter // 4 - 1] for quarter in (1, 2, 3, 4)]
     return [group[-1] for group in groups]
+
+
+def _is_pooling(before: tuple[int, ...], after: tuple[int, ...]) -> bool:
+    """From a map of more than 2 x 2 to a single position: the global pooling, and not a stage that halves the resolution."""
+    return len(before) == len(after) == 4 and tuple(after[2:]) == (1, 1) and max(before[2:]) > 2
 
 
 def as_map(output: Tensor, network: Network) -> Tensor:

@@ -146,7 +146,10 @@ def _alive(process: int) -> bool:
 
 def _to_disk(folder: Path) -> None:
     """Waits until the contents are on the disk, so that a power cut after the move cannot leave empty files."""
+    mode = folder.stat().st_mode & 0o666
     for path in [*folder.rglob("*"), folder]:
+        if path.is_file() and not path.is_symlink():
+            path.chmod(path.stat().st_mode | mode)  # safetensors makes files that only their owner can read
         _sync(path)
 
 

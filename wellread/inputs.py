@@ -12,13 +12,15 @@ import torch
 from PIL import Image
 from torch import Tensor, nn
 
+from wellread.errors import BadInput
+
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 
 @dataclass(frozen=True)
 class ImageInput:
-    """Pictures as [B, channels, H, W]. Mean and standard deviation are in units of 0...1.
+    """Pictures as [B, channels, H, W]. Mean and standard deviation are in units of 0...1; ImageNet's when not given.
 
     crop: with 1.0 the whole picture is resized to `size`, whatever its shape; below 1.0 the shorter side is resized to size / crop and the
     centre is cut out, as ImageNet networks are evaluated.
@@ -26,12 +28,21 @@ class ImageInput:
 
     size: tuple[int, int] = (224, 224)
     channels: int = 3
-    mean: tuple[float, ...] = (0.485, 0.456, 0.406)
-    std: tuple[float, ...] = (0.229, 0.224, 0.225)
+    mean: tuple[float, ...] = ()
+    std: tuple[float, ...] = ()
     interpolation: str = "bicubic"
     crop: float = 1.0
 
     column = "image"
+
+    def __post_init__(self) -> None:
+        if self.channels not in (1, 3):
+            raise BadInput(f"an ImageInput has 1 or 3 channels, not {self.channels}")
+        for name, imagenet in (("mean", (0.485, 0.456, 0.406)), ("std", (0.229, 0.224, 0.225))):
+            value = getattr(self, name) or (imagenet if self.channels == 3 else (round(sum(imagenet) / 3, 3),))
+            if len(value) != self.channels:
+                raise BadInput(f"{name} has {len(value)} values for {self.channels} channels: give one for each")
+            object.__setattr__(self, name, tuple(value))
 
     def changed(self, **fields: Any) -> ImageInput:
         return replace(self, **fields)

@@ -21,6 +21,7 @@ from datasets import Dataset
 
 from wellread.data import Needs, as_data, check, class_names, duplicates, fingerprint, name_of
 from wellread.errors import BadInput
+from wellread.inputs import input_config
 from wellread.lineage import merged, step
 from wellread.network import Network, Networks, as_network
 
@@ -124,8 +125,8 @@ def method(function: F) -> F:
                 given[name] = _setting(each, given[name])
         networks = {name: _networks(each, given[name]) for name, each in wanted.items() if each.type is Network}
         first = next((found for found in networks.values() if found is not None), None)
-        reads = first[0].input if isinstance(first, Networks) else first.input if first is not None else None
-        tables = {name: _table(each, given[name], reads.column if reads else None) for name, each in wanted.items() if each.type is Dataset}
+        reads = first.record(0)["input"] if isinstance(first, Networks) else input_config(first.input) if first is not None else None
+        tables = {name: _table(each, given[name], reads["kind"] if reads else None) for name, each in wanted.items() if each.type is Dataset}
         given.update(networks)
         given.update(tables)
         _warn_of_shared_rows({name: table for name, table in tables.items() if table is not None})
@@ -238,9 +239,10 @@ def _with_lineage(
     parents: list[str] = []
     lineages = []
     for found in networks.values():
-        for each in found if isinstance(found, Networks) else [found] if found is not None else []:
-            parents.append(each.fingerprint)
-            lineages.append(each.lineage)
+        several = found if isinstance(found, Networks) else Networks([found] if found is not None else [])
+        for record in map(several.record, range(len(several))):
+            parents.append(record["fingerprint"])
+            lineages.append(record["lineage"])
     made = step(
         _name(function),
         {name: given[name] for name, each in wanted.items() if each.kind == "setting" and each.type not in (Network, Dataset)},

@@ -88,6 +88,21 @@ class Network:
         return {"architecture": self.architecture, "edits": self.edits}
 
     @property
+    def record(self) -> dict[str, Any]:
+        """All that it is beside its weights, as JSON values."""
+        return {
+            "format": 1,
+            **self.structure,
+            "input": input_config(self.input),
+            "head": self.head,
+            "labels": self.labels,
+            "output": self.output,
+            "lineage": self.lineage,
+            "measured": self.measured,
+            "fingerprint": self.fingerprint,
+        }
+
+    @property
     def device(self) -> torch.device:
         return next(self.module.parameters(), next(self.module.buffers(), torch.empty(0))).device
 
@@ -157,17 +172,7 @@ class Network:
                 f"this {type(self.module).__name__} cannot be saved: another process could not build it; put its class in an importable file "
                 "and say how it is made, Network(module, architecture={'family': 'class', 'name': 'package.module:Class', 'arguments': {...}})"
             )
-        config = {
-            "format": 1,
-            **self.structure,
-            "input": input_config(self.input),
-            "head": self.head,
-            "labels": self.labels,
-            "output": self.output,
-            "lineage": self.lineage,
-            "measured": self.measured,
-            "fingerprint": self.fingerprint,
-        }
+        config = self.record
         self._check_structure()
         with new_folder(folder, force) as place:
             save_model(self.module, str(place / WEIGHTS), metadata={"format": "pt"})
@@ -237,10 +242,8 @@ def load(name: str | Path, *, pretrained: bool = True, **arguments: Any) -> Netw
     return network
 
 
-def _load_folder(folder: Path) -> Network:
-    from safetensors import SafetensorError
-    from safetensors.torch import load_model
-
+def _read_config(folder: Path) -> dict[str, Any]:
+    """The record of a saved network. Raises `BadInput` when it is damaged, was changed, or is of a newer version."""
     try:
         config = json.loads((folder / CONFIG).read_text())
         checksum = config.pop("checksum")
@@ -252,6 +255,14 @@ def _load_folder(folder: Path) -> Network:
         raise BadInput(f"{folder} was saved by a newer wellread (format {config['format']}): update with pip install -U wellread")
     if not (folder / WEIGHTS).is_file():
         raise BadInput(f"{folder} holds no {WEIGHTS}: copy the folder whole")
+    return config
+
+
+def _load_folder(folder: Path) -> Network:
+    from safetensors import SafetensorError
+    from safetensors.torch import load_model
+
+    config = _read_config(folder)
     module = _build(config)
     dtypes = _dtypes(folder / WEIGHTS)
     for name, tensor in [*module.named_parameters(), *module.named_buffers()]:
@@ -292,12 +303,20 @@ def _checksum(config: dict[str, Any]) -> str:
 
 def fingerprint(record: dict[str, Any], state: Mapping[str, Tensor]) -> str:
     """sha256 of a structure and its tensors (names, dtypes, shapes, bytes)."""
-    whole = hashlib.sha256(json.dumps(record, sort_keys=True).encode())
+    whole = _hash(record)
     for name in sorted(state):
-        tensor = state[name].detach().cpu().contiguous()
-        whole.update(f"{name} {tensor.dtype} {list(tensor.shape)}".encode())
-        whole.update(tensor.reshape(-1).view(torch.uint8).numpy().data if tensor.numel() else b"")
+        _hash_tensor(whole, name, state[name])
     return whole.hexdigest()
+
+
+def _hash(record: dict[str, Any]) -> hashlib._Hash:
+    return hashlib.sha256(json.dumps(record, sort_keys=True).encode())
+
+
+def _hash_tensor(whole: hashlib._Hash, name: str, tensor: Tensor) -> None:
+    tensor = tensor.detach().cpu().contiguous()
+    whole.update(f"{name} {tensor.dtype} {list(tensor.shape)}".encode())
+    whole.update(tensor.reshape(-1).view(torch.uint8).numpy().data if tensor.numel() else b"")
 
 
 def last_linear(module: nn.Module) -> str | None:
@@ -331,32 +350,52 @@ class Networks(Sequence[Network]):
     def __getitem__(self, index: int | slice) -> Network | Networks:
         return Networks(self.given[index]) if isinstance(index, slice) else as_network(self.given[index])
 
-    def weights(self, index: int) -> Iterator[tuple[str, Tensor]]:
-        """(name, tensor) of one network, one tensor in memory at a time when it lies on disk."""
+    def record(self, index: int) -> dict[str, Any]:
+        """`Network.record` of one network; of one that we saved, without reading its weights."""
+        given = self.given[index]
+        return as_network(given).record if isinstance(given, Network) or not _ours(given) else _read_config(Path(given))
+
+    def weights(self, index: int, *, verify: bool = False) -> Iterator[tuple[str, Tensor]]:
+        """(name, tensor) of one network, one tensor in memory at a time when it lies on disk.
+
+        verify: after the last tensor of a network that we saved, compare its fingerprint, as `load` does. Raises `BadInput`.
+        """
         given = self.given[index]
         if isinstance(given, Network):
             yield from given.module.state_dict().items()
-        elif (file := Path(given) / WEIGHTS).is_file() and (Path(given) / CONFIG).is_file():
-            yield from stream_weights(file)
-        else:
+        elif not _ours(given):
             yield from load(given).module.state_dict().items()
+        else:
+            file = Path(given) / WEIGHTS
+            record = _read_config(Path(given))
+            whole = _hash({key: record[key] for key in ("architecture", "edits")})
+            for name, tensor in stream_weights(file):
+                if verify:
+                    _hash_tensor(whole, name, tensor)
+                yield name, tensor
+            if verify and whole.hexdigest() != record["fingerprint"]:
+                raise BadInput(f"{file} is not what was saved (its fingerprint differs): copy the folder again")
 
     def name(self, index: int) -> str:
         given = self.given[index]
         return str(given) if isinstance(given, str | Path) else f"network {index + 1}"
 
 
-def stream_weights(file: Path) -> Iterator[tuple[str, Tensor]]:
-    """(name, tensor) of a safetensors file; reopened for each tensor, so that pages already read do not stay in memory."""
-    from safetensors import safe_open
+def _ours(given: str | Path) -> bool:
+    return (Path(given) / CONFIG).is_file()
 
-    with safe_open(str(file), "pt") as opened:
-        names = list(opened.keys())  # noqa: SIM118
-        stored_once = opened.metadata() or {}  # save_model notes here which tensors share storage: {left out: kept}
-    for name in names:
+
+def stream_weights(file: Path) -> Iterator[tuple[str, Tensor]]:
+    """(name, tensor) of a safetensors file, by name; reopened for each tensor, so that pages already read do not stay in memory."""
+    from safetensors import SafetensorError, safe_open
+
+    try:
         with safe_open(str(file), "pt") as opened:
-            yield name, opened.get_tensor(name)
-    for left_out, kept in stored_once.items():
-        if kept in names:
-            with safe_open(str(file), "pt") as opened:
-                yield left_out, opened.get_tensor(kept)
+            stored = {name: name for name in opened.keys()}  # noqa: SIM118
+            shared = opened.metadata() or {}  # save_model notes here which tensors share storage: {left out: kept}
+    except SafetensorError as failed:
+        raise BadInput(f"{file} is damaged ({failed}): copy the folder again") from None
+    stored |= {left_out: kept for left_out, kept in shared.items() if kept in stored}
+    for name in sorted(stored):
+        with safe_open(str(file), "pt") as opened:
+            yield name, opened.get_tensor(stored[name])

@@ -15,9 +15,11 @@ import html as markup
 import io
 import json
 import math
+import textwrap
 import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, fields, is_dataclass
+from itertools import accumulate
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -109,7 +111,7 @@ class Scores:
             if rule == "random":
                 return random.permutation(of)[:kept]
             ordered = of[np.argsort(self.values[of], kind="stable")]
-            if rule == "hardest" or (offset is not None and offset + fraction > 1 - 1e-9):
+            if rule == "hardest":
                 return ordered[size - kept :]
             start = min(math.floor((offset or 0.0) * size + 0.5), size - kept)
             return ordered[start : start + kept]
@@ -159,14 +161,14 @@ class Scores:
         if not len(finite):
             return {"infinite": len(self)}
         quantiles = dict(zip(("min", "5 %", "median", "95 %", "max"), np.quantile(finite, (0, 0.05, 0.5, 0.95, 1)).tolist(), strict=True))
-        spread = {"mean": float(finite.mean()), "sd": float(finite.std()), **quantiles}
+        spread = {**quantiles, "mean": float(finite.mean()), "sd": float(finite.std())}
         return spread | ({"infinite": len(self) - len(finite)} if len(finite) < len(self) else {})
 
     def _rows(self, indices: Iterable[int]) -> list[dict[str, Any]]:
         return [
             {"index": int(i)}
-            | ({"item": self.items[i]} if self.items else {})
             | {self.what: self.values[i].item()}
+            | ({"item": self.items[i]} if self.items else {})
             | {name: column[i] for name, column in self.columns.items()}
             for i in indices
         ]
@@ -225,7 +227,7 @@ class Ranking:
         return "higher" if self.higher_is_better else "lower"
 
     def _rows(self) -> list[dict[str, Any]]:
-        return [{"rank": rank, "item": self.items[i], self.what: self.scores[i].item()} for rank, i in enumerate(self.order(), 1)]
+        return [{"rank": rank, self.what: self.scores[i].item(), "item": self.items[i]} for rank, i in enumerate(self.order(), 1)]
 
 
 @dataclass(eq=False)
@@ -314,6 +316,8 @@ class Heatmaps:
     maps: float32 [N, H, W], finite, usually 0 to 1; images: uint8 [N, H, W, 3] (grey [N, H, W] is accepted), what the network was shown.
     targets: [N], what each map speaks for ("defective"); peak: float [N], the highest value before the map was normalised:
     zero or less says that nothing in the picture spoke for the target. items: a name for each picture.
+    figures: named numbers or words about all of them; columns: more about each picture, lists of length N, of which single values are shown;
+    warnings: one sentence each, shown first.
     """
 
     maps: Array = field(repr=False)
@@ -322,6 +326,9 @@ class Heatmaps:
     peak: Array
     items: list[str] | None = field(default=None, repr=False)
     made_by: dict[str, Any] | None = field(default=None, repr=False)
+    figures: dict[str, float | str | int] = field(default_factory=dict, repr=False)
+    columns: dict[str, list[Any]] = field(default_factory=dict, repr=False)
+    warnings: list[str] = field(default_factory=list)
 
     def __post_init__(self) -> None:
         self.maps = _numbers(self.maps, "maps", dimensions=3).astype(np.float32, copy=False)
@@ -339,6 +346,11 @@ class Heatmaps:
         _same_length(self.targets, len(self.maps), "targets")
         self.targets = [str(target) for target in self.targets]
         self.items = _names(self.items, len(self.maps))
+        self.figures = _plain(dict(self.figures), "figures")
+        self.columns = {str(name): _plain(_listed(column), f"columns[{name!r}]") for name, column in self.columns.items()}
+        for name, column in self.columns.items():
+            _same_length(column, len(self.maps), f"columns[{name!r}]")
+        self.warnings = [str(warning) for warning in self.warnings]
 
     def __len__(self) -> int:
         return len(self.maps)
@@ -368,7 +380,9 @@ class Heatmaps:
         without = int((self.peak <= 0).sum())
         flag = f"{without} of {len(self)} without positive evidence" if without else ""
         rows = [self._row(i) | ({"note": self._note(i)} if without else {}) for i in range(min(10, len(self)))]
-        _show(f"{number(len(self))} heatmaps", ("", rows), more, flag, "save it and open report.html to see them")
+        warned = [f"warning: {warning}" for warning in self.warnings]
+        found = [{"figure": name, "value": value} for name, value in self.figures.items()]
+        _show(f"{number(len(self))} heatmaps", *warned, ("", found), ("", rows), more, flag, "save it and open report.html to see them")
 
     def html(self) -> str:
         """One page: picture and overlay side by side for the first 64."""
@@ -384,9 +398,10 @@ class Heatmaps:
         bar = image_png(np.rint(255 * _colormap("inferno", scale)).astype(np.uint8))
         key = f'<p class="key">little evidence <img src="{_data(bar)}" alt="color scale" width="160" height="12"> much evidence</p>'
         shown = f" The first {PICTURES} of {number(len(self))} are shown." if len(self) > PICTURES else ""
+        findings = Report("", figures=self.figures, warnings=self.warnings).sections()
         return page(
             "Heatmaps",
-            [("Pictures", key + f'<div class="sheet">{"".join(cells)}</div>'), *_made_by(self)],
+            [*findings, ("Pictures", key + f'<div class="sheet">{"".join(cells)}</div>'), *_made_by(self)],
             lead="Left the picture, right the same picture with the evidence over it: the brighter the color, the more that place spoke "
             "for what is named below. The peak is the strongest evidence, in the network's own units." + shown,
         )
@@ -396,7 +411,9 @@ class Heatmaps:
         return _to_dict(self)
 
     def _row(self, i: int) -> dict[str, Any]:
-        return {"item": self.items[i] if self.items else f"picture {i}", "target": self.targets[i], "peak": self.peak[i].item()}
+        return {"item": self.items[i] if self.items else f"picture {i}", "target": self.targets[i], "peak": self.peak[i].item()} | {
+            name: column[i] for name, column in self.columns.items() if not isinstance(column[i], (list, dict))
+        }
 
     def _note(self, i: int) -> str:
         return "no positive evidence" if self.peak[i] <= 0 else ""
@@ -700,15 +717,17 @@ def _rich_table(heading: str, rows: list[dict[str, Any]], console: Console) -> A
     from rich.table import Table
     from rich.text import Text
 
-    columns = _columns(rows)
-    fitting = max(2, console.width // 11)
+    columns = {name: _cells(name, rows) for name in _columns(rows)}
+    widths = [min(20, max(len(text) for text in (name, *cells))) + 3 for name, cells in columns.items()]
+    fitting = max(2, sum(end <= console.width for end in accumulate(widths)))  # a column of two letters is of no use
     title = heading + (f" (+ {len(columns) - fitting} more columns)" if len(columns) > fitting else "")
+    columns = dict(list(columns.items())[:fitting])
     table = Table(title=Text(_printable(title, console)) if title else None, title_justify="left", box=box.SIMPLE_HEAD, pad_edge=False)
-    for name in columns[:fitting]:
-        right = all(_is_number(row.get(name)) or row.get(name) is None for row in rows)
+    for name in columns:
+        right = _numeric(name, rows)
         table.add_column(Text(_printable(name, console)), justify="right" if right else "left", overflow="fold", no_wrap=right)
-    for row in rows:
-        table.add_row(*(Text(_printable(_cell(name, row.get(name)), console)) for name in columns[:fitting]))
+    for cells in zip(*columns.values(), strict=True):
+        table.add_row(*(Text(_printable(cell, console)) for cell in cells))
     return table
 
 
@@ -725,6 +744,23 @@ def _columns(rows: Iterable[Mapping[str, Any]]) -> list[str]:
 
 def _is_number(value: Any) -> bool:
     return isinstance(value, (int, float)) and not isinstance(value, bool)
+
+
+def _numeric(name: str, rows: Iterable[Mapping[str, Any]]) -> bool:
+    return all(_is_number(row.get(name)) or row.get(name) is None for row in rows)
+
+
+def _cells(name: str, rows: Sequence[Mapping[str, Any]]) -> list[str]:
+    """A column as text; when one of its numbers needs all four digits, all show them, so that they stand beneath each other."""
+    texts = [_cell(name, row.get(name)) for row in rows]
+    if any(
+        isinstance(row.get(name), float) and len(text.strip("-0.").replace(".", "")) >= 4 for row, text in zip(rows, texts, strict=True)
+    ):
+        for i, row in enumerate(rows):
+            value = row.get(name)
+            if isinstance(value, float) and 1e-4 <= abs(value) < 1000:
+                texts[i] = f"{value:#.4g}"
+    return texts
 
 
 def _cell(name: str, value: Any) -> str:
@@ -765,7 +801,7 @@ th { color: #56616b; font-weight: 600; overflow-wrap: normal; }
 td.n, th.n { text-align: right; font-variant-numeric: tabular-nums; white-space: nowrap; }
 figure { margin: 14px 0; } figure > img { display: block; } img { max-width: 100%; }
 figcaption, .note, .key { font-size: 14px; color: #56616b; } .key img { vertical-align: middle; margin: 0 6px; }
-.sheet { display: grid; grid-template-columns: repeat(auto-fill, minmax(280px, 1fr)); gap: 16px; } .sheet figure { margin: 0; }
+.sheet { display: grid; grid-template-columns: repeat(auto-fill, minmax(min(400px, 100%), 1fr)); gap: 16px; } .sheet figure { margin: 0; }
 .sheet img { width: 100%; }
 .tiles { display: flex; flex-wrap: wrap; gap: 12px; margin: 14px 0; }
 .tile { border: 1px solid #dde2e6; border-radius: 8px; padding: 10px 16px; min-width: 110px; }
@@ -809,10 +845,11 @@ def table_html(rows: Sequence[Mapping[str, Any]], caption: str = "", limit: int 
     if not rows:
         return '<p class="note">nothing to list</p>'
     names = _columns(rows)
-    numeric = {name for name in names if all(_is_number(row.get(name)) or row.get(name) is None for row in rows)}
+    shown = rows[:limit]
+    numeric = {name for name in names if _numeric(name, shown)}
     head = "".join(f'<th{_right(name in numeric)} scope="col">{escape(name)}</th>' for name in names)
-    cells = (((name, escape(_cell(name, row.get(name)))) for name in names) for row in rows[:limit])
-    body = "".join("<tr>" + "".join(f"<td{_right(name in numeric)}>{cell}</td>" for name, cell in row) + "</tr>\n" for row in cells)
+    columns = ([f"<td{_right(name in numeric)}>{escape(cell)}</td>" for cell in _cells(name, shown)] for name in names)
+    body = "".join(f"<tr>{''.join(cells)}</tr>\n" for cells in zip(*columns, strict=True))
     words = [caption] if caption else []
     if limit is not None and len(rows) > limit:
         words.append(f"The first {number(limit)} of {number(len(rows))} rows.")
@@ -842,7 +879,7 @@ def _made_by(result: Result) -> list[tuple[str, str]]:
     if not result.made_by:
         return []
     made = _plain(result.made_by, "made_by", strict=False)
-    rows = [{"": name, "value": _words(value)} for name, value in made.items() if value not in (None, [], {}, "")]
+    rows = [{"what": name, "value": _words(value)} for name, value in made.items() if value not in (None, [], {}, "")]
     return [("How it was made", table_html(rows))]
 
 
@@ -866,7 +903,7 @@ def image_png(image: Array) -> bytes:
     return stream.getvalue()
 
 
-def _small(image: Array, side: int = 192) -> Array:
+def _small(image: Array, side: int = 240) -> Array:
     """`image` with its longer side at most `side`, or enlarged in whole steps when it is tiny, so that its pixels stay pixels."""
     from PIL import Image
 
@@ -915,7 +952,7 @@ def _label(text: str) -> str:
 
 
 def _legend(axes: Axes, handles: list[Any], names: Iterable[str]) -> None:
-    names = [_label(name) for name in names]
+    names = [textwrap.fill(_label(name), 34) for name in names]
     if len(names) > 1:
         axes.legend(handles, names, fontsize=10, frameon=False, loc="center left", bbox_to_anchor=(1.0, 0.5))
     elif names[0].strip():
@@ -935,11 +972,16 @@ def line_chart(
     y: str,
     at: Sequence[float] | None = None,
     spread: Mapping[str, Sequence[float]] | None = None,
+    smooth: int = 1,
     title: str = "",
     log_y: bool = False,
 ) -> bytes:
-    """PNG of one line for each name. x, y: what the axes show, with units. at: places on the x axis, 1, 2, ... when left out.
-    spread: for some names, plus or minus how much, drawn as a band. NaN leaves a gap."""
+    """PNG of one line for each name. NaN leaves a gap.
+
+    x, y: what the axes show, with units. at: places on the x axis, 1, 2, ... when left out.
+    spread: for some names, plus or minus how much, drawn as a band.
+    smooth: for the losses of single steps, draw the mean of so many neighbors, and the values themselves faintly.
+    """
     from matplotlib.ticker import MaxNLocator
 
     _not_empty(lines)
@@ -949,8 +991,14 @@ def line_chart(
         for (name, values), style in zip(lines.items(), _styles(len(lines)), strict=True):
             heights = np.asarray(values, float)
             places = np.arange(1, len(heights) + 1) if at is None else np.asarray(at, float)[: len(heights)]
+            window = min(smooth, len(heights))
+            if window > 1:
+                axes.plot(places, heights, linewidth=0.8, alpha=0.25, **style)
+                half = (window - 1) // 2
+                places = places[half : len(heights) - (window - 1 - half)]
+                heights = np.convolve(heights, np.full(window, 1 / window), mode="valid")
             handles += axes.plot(places, heights, linewidth=1.8, marker="o" if len(heights) <= 20 else None, markersize=4, **style)
-            if spread and name in spread:
+            if spread and name in spread and window <= 1:
                 around = np.asarray(spread[name], float)
                 axes.fill_between(places, heights - around, heights + around, color=style["color"], alpha=0.15, linewidth=0)
         if log_y:
@@ -973,7 +1021,7 @@ def roc_chart(
         axes.plot([0, 1], [0, 1], color="#adb5bd", linewidth=1, linestyle=":")
         styles = zip(curves.values(), _styles(len(curves)), strict=True)
         handles = [axes.plot(false, true, linewidth=1.8, **style)[0] for (false, true, _), style in styles]
-        axes.set(xlim=(-0.01, 1), ylim=(0, 1.01), aspect="equal")
+        axes.set(xlim=(-0.01, 1), ylim=(0, 1.01), aspect="equal", anchor="W")
         _legend(axes, handles, [f"{name}: area {area:.3f}" for name, (_, _, area) in curves.items()])
 
     return _drawn(draw, "false alarms (fraction of the rest)", f"found (fraction of the {positive})", title, height=4.8)
