@@ -130,11 +130,8 @@ def repository(card: catalog.Card) -> Path:
     return card.path.parents[2]
 
 
-def test_file(card: catalog.Card) -> Path:
+def its_tests(card: catalog.Card) -> Path:
     return repository(card) / "tests" / card.chapter / f"test_{card.path.stem}.py"
-
-
-test_file.__test__ = False  # type: ignore[attr-defined]
 
 
 def example(card: catalog.Card, tools: Tools) -> dict[str, Any]:
@@ -142,7 +139,7 @@ def example(card: catalog.Card, tools: Tools) -> dict[str, Any]:
     from wellread.method import parameters
     from wellread.network import Network
 
-    path = test_file(card)
+    path = its_tests(card)
     if path.exists() and "\ndef example(" in path.read_text("utf-8"):
         spec = importlib.util.spec_from_file_location(f"example_of_{path.stem}", path)
         assert spec is not None and spec.loader is not None
@@ -227,7 +224,7 @@ def the_docstrings_say_how(card: catalog.Card, tools: Tools) -> None:
 
 
 def a_test_and_a_bench_are_there(card: catalog.Card, tools: Tools) -> None:
-    path = test_file(card)
+    path = its_tests(card)
     assert path.exists(), f"there is no {path.relative_to(repository(card))}"
     assert "\ndef test_" in path.read_text("utf-8")
     assert (repository(card) / "bench" / card.code.name).exists(), f"there is no bench/{card.code.name}"

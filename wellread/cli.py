@@ -491,8 +491,9 @@ def evaluate(network: str, data: str, device: str, quiet: bool, as_json: bool) -
 
 @app.command()
 @click.option("--out", default="wellread-demo", metavar="FOLDER", type=click.Path(), help="Where everything is written. [default: wellread-demo]")
-def demo(out: str) -> None:
+@click.option("--force", is_flag=True, help="Replace an existing --out.")
+def demo(out: str, force: bool) -> None:
     """An ImageNet network becomes a solar-cell inspector, in about eight minutes."""
     from wellread import demo as script
 
-    script.main(Path(out))
+    script.main(Path(out), force=force)

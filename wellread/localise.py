@@ -15,11 +15,10 @@ import torch
 from torch import Tensor
 
 from wellread.data import pixels
+from wellread.inputs import ImageInput
 
 if TYPE_CHECKING:
     from datasets import Dataset
-
-    from wellread.inputs import ImageInput
 
 Array = np.ndarray[Any, np.dtype[Any]]
 
@@ -31,7 +30,7 @@ def masks(data: Dataset, source: ImageInput) -> list[Array | None]:
         rows = [row for row, each in enumerate(data.select_columns("mask")) if each["mask"] is not None]
         if rows:
             table = data.select(rows).select_columns("mask").rename_column("mask", "image")
-            values = pixels(table, source.changed(channels=1, interpolation="nearest"))[:, 0]
+            values = pixels(table, ImageInput(source.size, 1, interpolation="nearest", crop=source.crop))[:, 0]
             for row, value in zip(rows, values, strict=True):
                 mask = value > (127 if value.max() > 1 else 0)  # 0 and 255, compressed or not, or 0 and 1
                 found[row] = mask if mask.any() else None

@@ -95,7 +95,8 @@ def fit(
     clip: largest Euclidean norm of the whole gradient.
     validate: module in evaluation mode to a score (higher is better), after every epoch. The module ends with its best weights.
     patience: stop after this many epochs without a better score.
-    checkpoint_minutes: with a `folder` in the runtime, the time between checkpoints inside an epoch; epochs also end with one.
+    checkpoint_minutes: with a `folder` in the runtime, the time between checkpoints inside an epoch. An epoch also ends with one, unless
+        epochs are so short that more than 2 % of the time would go into writing.
     name: what the progress bar, the checkpoint and the errors call this training.
 
     Device, precision, progress and checkpoint folder come from `wellread.runtime`. A fit that had finished in that folder, from the same
@@ -112,7 +113,7 @@ def fit(
     per_epoch = -(-len(batches) // accumulate)
     with _borrowed(module, trained, on), _generators_kept(on), torch.enable_grad():
         inner = _optimizer(optimizer, groups, learning_rate, weight_decay, momentum)
-        rates = [group["lr"] for group in inner.param_groups]
+        rates = [float(group["lr"]) for group in inner.param_groups]
         settings = [epochs, schedule, warmup, accumulate, clip, patience, validate is None, seed, runtime.precision]
         path = _path(runtime, name)
         key = _key(module, batches, step, inner, settings) if path else ""
@@ -140,7 +141,8 @@ def fit(
         def stop(what: str, step_number: int) -> Diverged:
             nonlocal safe_step
             if _finite(trained):
-                torch._foreach_copy_(statistics, before)  # the bad step's forward pass may have spoilt running statistics
+                for buffer, good in zip(statistics, before, strict=True):
+                    buffer.copy_(good)  # the bad step's forward pass may have spoilt running statistics
                 safe_step = step_number - 1
             else:
                 _put(module, safe)  # a loss that was finite had a gradient that was not
@@ -178,7 +180,7 @@ def fit(
                         torch._foreach_copy_(before, statistics)
                     numbers = range(update * accumulate, min((update + 1) * accumulate, len(batches)))
                     names, values = _gradient(accelerator, whole, step, stream, _row_weights(batches, numbers), seeds[epoch, numbers], on)
-                    history.learning_rate.append(inner.param_groups[0]["lr"])
+                    history.learning_rate.append(float(inner.param_groups[0]["lr"]))
                     if not math.isfinite(values[0]):
                         raise stop(f"loss became {values[0]} at", history.steps + 1)
                     if clip is not None:
@@ -199,7 +201,7 @@ def fit(
                     history.validation.append(score)
                     if history.best_epoch is None or score > history.validation[history.best_epoch]:
                         history.best_epoch, best = epoch, _take(module)
-                if time.perf_counter() - secured >= 50 * cost:  # short epochs are not spent on copies
+                if time.perf_counter() - secured >= min(50 * cost, 60 * checkpoint_minutes):  # at most 2 % of the time
                     secure()
         secure(finished=True)
         if best is not None:
@@ -324,7 +326,8 @@ def _seed(seed: int, on: torch.device) -> None:
     np.random.seed(seed % 2**32)
     torch.default_generator.manual_seed(seed)  # torch.manual_seed takes 0.1 ms to look for devices
     if on.type == "cuda":
-        torch.cuda.manual_seed_all(seed)
+        with torch.cuda.device(on):
+            torch.cuda.manual_seed(seed)
     elif on.type == "mps":
         torch.mps.manual_seed(seed)
 

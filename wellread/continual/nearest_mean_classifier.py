@@ -123,7 +123,7 @@ class NearestMeanHead(nn.Module):
         """Count in what another head has seen: its `classes` are here the classes `places`. Then `solve`."""
         self.sums.index_add_(0, torch.tensor(places, dtype=torch.int64), other.sums[list(classes)])
         self.counts.index_add_(0, torch.tensor(places, dtype=torch.int64), other.counts[list(classes)])
-        if self.moments is not None:
+        if self.moments is not None and other.moments is not None:
             self.moments += other.moments
 
     def solve(self) -> None:
@@ -164,9 +164,12 @@ def encoder(network: Network) -> Network:
     trunk = _exchanged(network, (), "torch.nn:Identity")
     trunk.output = "embedding"
     head = trunk.head or ""
-    with torch.inference_mode(), capture(trunk.module, [head], inputs=True) as caught:
-        out = trunk(example_batch(trunk))
-    if head not in caught or caught[head].ndim != 2 or not torch.equal(caught[head], out):
+    batch = example_batch(network)
+    with torch.inference_mode(), capture(network.module, [head], inputs=True) as caught:
+        network(batch)
+        vectors = head in caught and caught[head].ndim == 2
+        last = vectors and torch.equal(trunk(batch), caught[head])
+    if not last:
         raise BadInput(f"the layer {head!r} does not turn one vector per example into the output: name the layer that does, Network(..., head=PATH)")
     return trunk
 

@@ -159,7 +159,7 @@ def last_map(network: Network, images: Tensor, classes: Tensor | None = None) ->
             return name
     raise BadInput(
         "this network has no layer whose output is a map that its answer depends on: Grad-CAM needs convolutions or patch tokens before the head"
-        + (f"; of the layers with a map ({', '.join(list(found.gradients)[-4:])}) none has a gradient" if found.gradients else "")
+        + (f"; those with a map ({', '.join(list(found.gradients)[-4:])}) have no gradient: is the head untrained?" if found.gradients else "")
     )
 
 
@@ -286,8 +286,8 @@ def grad_cam(
     maps, peak, logits, classes = np.empty((len(images), *source.size), np.float32), [], [], []
     figures: dict[str, Any] = {}
     warnings: list[str] = []
-    with running(network, device):
-        first = source.normalise(torch.from_numpy(shown[:SANITY_IMAGES])).to(device)
+    with torch.inference_mode(False), running(network, device):
+        first = source.normalise(torch.from_numpy(shown[:SANITY_IMAGES].copy())).to(device)
         wanted = _class_number(network, target, first[:1])
         if layers is None:
             layers = [last_map(network, first[:4], _repeated(wanted, first[:4]))]
