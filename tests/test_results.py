@@ -21,22 +21,19 @@ import pytest
 
 from wellread import folders
 from wellread import results as made
+from wellread.charts import bar_chart, line_chart, roc_chart
 from wellread.errors import BadInput
 from wellread.folders import new_folder, writable
+from wellread.pages import page, table_html
 from wellread.results import (
     Front,
     Heatmaps,
     Ranking,
     Report,
     Scores,
-    bar_chart,
-    line_chart,
     load_result,
-    number,
-    page,
-    roc_chart,
-    table_html,
 )
+from wellread.tables import number
 
 EVIL = '<script>alert("x")</script> & $\\foo$ _[red]\x1b[31m'
 PNG = line_chart({"a": [1.0, 2.0, math.nan, 1.5]}, x="step", y="loss", log_y=True)
@@ -47,9 +44,7 @@ def digest(result: Any) -> str:
     found = hashlib.sha256(type(result).__name__.encode())
     for each in fields(result):
         value = getattr(result, each.name)
-        found.update(
-            f"{each.name} {value.dtype} {value.shape}".encode() + value.tobytes() if isinstance(value, np.ndarray) else repr(value).encode()
-        )
+        found.update(f"{each.name} {value.dtype} {value.shape}".encode() + value.tobytes() if isinstance(value, np.ndarray) else repr(value).encode())
     return found.hexdigest()
 
 
@@ -138,11 +133,7 @@ def test_a_flipped_bit_is_refused(saved: Path, tmp_path: Path, name: str, file: 
         pytest.skip("this kind has no arrays")
     whole = (folder / file).read_bytes()
     # in the JSON only the content counts: the white space and the version may change
-    places = (
-        range(0, len(whole), max(1, len(whole) // 40))
-        if file != "result.json"
-        else [whole.rindex(b'"fields"') + 30, whole.rindex(b'"') - 3]
-    )
+    places = range(0, len(whole), max(1, len(whole) // 40)) if file != "result.json" else [whole.rindex(b'"fields"') + 30, whole.rindex(b'"') - 3]
     for place in places:
         (folder / file).write_bytes(whole[:place] + bytes([whole[place] ^ 1]) + whole[place + 1 :])
         with pytest.raises(BadInput, match=r"damaged|not known|needs"):
@@ -354,9 +345,7 @@ def test_highest_and_lowest_break_ties_by_index() -> None:
 
 
 def test_front() -> None:
-    front = Front(
-        [{"ms": ms, "top1": top1} for ms, top1 in [(3, 0.8), (1, 0.5), (2, 0.8), (2, 0.7), (9, 0.79), (9, 0.95), (1, 0.4)]], "ms", "top1"
-    )
+    front = Front([{"ms": ms, "top1": top1} for ms, top1 in [(3, 0.8), (1, 0.5), (2, 0.8), (2, 0.7), (9, 0.79), (9, 0.95), (1, 0.4)]], "ms", "top1")
     assert front.efficient() == [1, 2, 5]
     assert front.best() == {"ms": 9, "top1": 0.95}
     assert front.best(cost_at_most=8.9) == {"ms": 2, "top1": 0.8}

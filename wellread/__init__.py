@@ -1,10 +1,10 @@
 """wellread: research on pre-trained networks as functions from networks and data to networks or findings.
 
-    import wellread
-    small = wellread.load("efficientnet-lite0")
-    cells = wellread.load_data("elpv")
-    inspector = wellread.adapt.transfer([small], cells["train"], cells["validation"])
-    inspector.save("inspector")
+import wellread
+small = wellread.load("efficientnet-lite0")
+cells = wellread.load_data("elpv")
+inspector = wellread.adapt.transfer([small], cells["train"], cells["validation"])
+inspector.save("inspector")
 """
 
 from __future__ import annotations

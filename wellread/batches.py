@@ -11,6 +11,7 @@ from torch import Tensor
 
 from wellread.data import labels, pixels
 from wellread.errors import BadInput
+from wellread.inputs import ImageInput
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -86,7 +87,7 @@ def network_batches(
     if source is None:
         raise BadInput("this network does not say how it is fed: make it with Network(module, input=ImageInput(...)) or TextInput(...)")
     targets = torch.from_numpy(labels(data)) if label else None
-    if source.column == "image":
+    if isinstance(source, ImageInput):
         images = pixels(data, source)
 
         def inputs(rows: np.ndarray) -> Any:

@@ -234,7 +234,13 @@ def _elpv() -> DatasetDict:
             "file": [row[0] for row in rows],
         },
         features=Features(
-            {"image": Image(), "label": ClassLabel(names=["intact", "defective"]), "probability": Value("float64"), "type": Value("string"), "file": Value("string")}
+            {
+                "image": Image(),
+                "label": ClassLabel(names=["intact", "defective"]),
+                "probability": Value("float64"),
+                "type": Value("string"),
+                "file": Value("string"),
+            }
         ),
     )
     return _three_parts(table)
@@ -386,7 +392,9 @@ def check(data: Dataset, needs: Needs, column: str | None, argument: str, labels
         if len(np.unique(values)) < needs.min_classes:
             raise BadInput(f"{argument} has one class only ({names[values[0]]}): at least two are needed")
         if labels_known is not None and len(names) > labels_known:
-            raise BadInput(f"{argument} has {len(names)} classes and the network {labels_known}: give data with the network's classes, or train a new head")
+            raise BadInput(
+                f"{argument} has {len(names)} classes and the network {labels_known}: give data with the network's classes, or train a new head"
+            )
 
 
 def _first_input(data: Dataset) -> str | None:
@@ -510,7 +518,7 @@ def pixels(data: Dataset, source: ImageInput) -> np.ndarray:
         partial = file.with_name(f"{file.name}.{os.getpid()}")
         array = np.lib.format.open_memmap(partial, mode="w+", dtype=np.uint8, shape=shape)
     except OSError:
-        partial, array = None, np.empty(shape, np.uint8)  # no cache to be had: in memory
+        partial, array = None, np.empty(shape, np.uint8)  # type: ignore[assignment]  # no cache to be had: in memory
     broken = []
     for row, value in enumerate(track(_decoded(data, source), f"reading {name_of(data)}", total=len(data))):
         if isinstance(value, str):
@@ -521,7 +529,9 @@ def pixels(data: Dataset, source: ImageInput) -> np.ndarray:
         if partial:
             partial.unlink()
         more = f" and {len(broken) - 5} more" if len(broken) > 5 else ""
-        raise BadInput(f"{len(broken)} pictures of {name_of(data)} cannot be decoded: {', '.join(broken[:5])}{more}: restore them or remove their rows")
+        raise BadInput(
+            f"{len(broken)} pictures of {name_of(data)} cannot be decoded: {', '.join(broken[:5])}{more}: restore them or remove their rows"
+        )
     if partial:
         array.flush()  # type: ignore[union-attr]
         os.replace(partial, file)

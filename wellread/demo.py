@@ -16,15 +16,19 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from wellread import adapt, evaluate, load, load_data, merge, predict, select
+from wellread import evaluate, load, load_data, predict
+from wellread.adapt.gaussian_anomaly import gaussian_anomaly
+from wellread.adapt.transfer import transfer
+from wellread.charts import bar_chart, image_png, roc_chart
 from wellread.data import class_names, labels, subset
 from wellread.evaluate import probabilities, record
 from wellread.explain.grad_cam import grad_cam
 from wellread.folders import new_folder
 from wellread.lineage import drawing
-from wellread.results import (
-    Report, bar_chart, escape, figure_html, image_png, page, paragraphs, roc_chart, table_html,
-)  # fmt: skip
+from wellread.merge.model_soup import model_soup
+from wellread.pages import escape, figure_html, page, paragraphs, table_html
+from wellread.results import Report
+from wellread.select.data_diet import data_diet
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -59,19 +63,18 @@ def build(folder: Path) -> list[dict[str, Any]]:
     names = class_names(train)
 
     with told("2/8  Frozen probe: the network stays as it is, only a new last layer is solved for"):
-        probe = adapt.transfer([network], train, validation, mode="probe", size=SIZE, checks=False)
+        probe = transfer([network], train, validation, mode="probe", size=SIZE, checks=False)
 
     tuned = []
     for number, settings in enumerate(RUNS, 1):
         with told(f"3/8  Fine-tuning {number} of {len(RUNS)}: all layers learn, from the probe's last layer on"):
-            tuned.append(adapt.transfer([probe], train, validation, mode="fine-tune", epochs=EPOCHS, size=SIZE, checks=False, **settings))
-            tuned[-1].save(folder / f"fine-tuned-{number}")
+            tuned.append(transfer([probe], train, validation, mode="fine-tune", epochs=EPOCHS, size=SIZE, checks=False, **settings))
 
     with told("4/8  Model soup: the average of the fine-tuned networks that help one another on the validation cells"):
-        soup = merge.model_soup([folder / f"fine-tuned-{number}" for number in range(1, len(RUNS) + 1)], validation, metric="auroc")
+        soup = model_soup(tuned, validation, metric="auroc")
 
     with told("5/8  Anomaly detection: learns what intact cells look like and never sees a defect"):
-        detector = adapt.gaussian_anomaly(network, train, normal_class=names[0], size=SIZE)
+        detector = gaussian_anomaly(network, train, normal_class=names[0], size=SIZE)
 
     with told("6/8  Grad-CAM: where the soup looks when it calls a cell defective"):
         p_soup = probabilities(predict(soup, test))[:, 1]
@@ -79,7 +82,7 @@ def build(folder: Path) -> list[dict[str, Any]]:
         maps = grad_cam(soup, subset(test, worst), target=names[1])
 
     with told("7/8  Data diet: which training cells carry the learning, and whose labels to look at again"):
-        diet = select.data_diet(probe, train, score="el2n")
+        diet = data_diet(probe, train, score="el2n")
 
     with told("8/8  Saving everything, loading it again in a new process and measuring it there"):
         measured = {}
@@ -87,14 +90,21 @@ def build(folder: Path) -> list[dict[str, Any]]:
             report = evaluate(each, test)
             record(each, test, report)
             measured[name] = (each, report)
-            each.save(folder / name.replace(" ", "-"), force=True)
+            each.save(folder / name.replace(" ", "-"))
         maps.save(folder / "grad-cam")
         diet.save(folder / "data-diet")
         again = in_new_process(folder / "soup", "elpv:test")
         same = all(abs(again[key] - measured["soup"][1].figures[key]) < 1e-6 for key in ("accuracy", "auroc"))
 
     rows = [row(name, report) for name, (_, report) in measured.items()]
-    rows.append({"network": "soup, in a new process", "accuracy": again["accuracy"], "AUROC": again["auroc"], "note": "the same figures" if same else "DIFFERENT"})
+    rows.append(
+        {
+            "network": "soup, in a new process",
+            "accuracy": again["accuracy"],
+            "AUROC": again["auroc"],
+            "note": "the same figures" if same else "DIFFERENT",
+        }
+    )
     (folder / "report.html").write_text(story(measured, rows, maps, diet, subset(test, worst), train, p_soup[worst], same, test))
     return rows
 
@@ -180,9 +190,7 @@ def story(
     ]
     actual = labels(worst)
     names = class_names(worst)
-    cells = [
-        (image_png(maps.overlay(i)), f"{p:.0%} sure of a defect; the inspectors said {names[actual[i]]}") for i, p in enumerate(p_worst)
-    ]
+    cells = [(image_png(maps.overlay(i)), f"{p:.0%} sure of a defect; the inspectors said {names[actual[i]]}") for i, p in enumerate(p_worst)]
     hardest = diet.highest(8)
     given = labels(train)
     look_again = [
@@ -190,7 +198,10 @@ def story(
         for i in hardest
     ]
     sections = [
-        ("What came out", paragraphs(verdict(measured)) + table_html(rows) + figure_html(bars, "Accuracy of each network on cells that no step had seen")),
+        (
+            "What came out",
+            paragraphs(verdict(measured)) + table_html(rows) + figure_html(bars, "Accuracy of each network on cells that no step had seen"),
+        ),
         (
             "Finding defects without having seen one",
             paragraphs(
@@ -202,7 +213,9 @@ def story(
         ),
         (
             "Where it looks",
-            paragraphs("The twelve test cells that the soup is most sure are defective. Bright is where the evidence lies; a map is a hint, not a measurement.")
+            paragraphs(
+                "The twelve test cells that the soup is most sure are defective. Bright is where the evidence lies; a map is a hint, not a measurement."
+            )
             + gallery(cells),
         ),
         (
@@ -216,8 +229,9 @@ def story(
         ("How the fine-tunings went", "".join(figure_html(picture, caption) for picture, caption in training)),
         (
             "Where the soup comes from",
-            paragraphs("Each box is one call; the soup's folder carries this history with it. Saved, loaded in a new process and measured again, it gave ")
-            .replace("</p>", f"{'the same figures' if same else 'DIFFERENT FIGURES'}.</p>")
+            paragraphs(
+                "Each box is one call; the soup's folder carries this history with it. Saved, loaded in a new process and measured again, it gave "
+            ).replace("</p>", f"{'the same figures' if same else 'DIFFERENT FIGURES'}.</p>")
             + drawing(measured["soup"][0].lineage),
         ),
         (

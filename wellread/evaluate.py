@@ -89,7 +89,8 @@ def evaluate(network: Network, data: Dataset) -> Report:
     Anomaly scores: AUROC and average precision against "not the first class".
     Raises `BadInput` for a network whose output is neither.
     """
-    from wellread.results import Report, roc_chart
+    from wellread.charts import roc_chart
+    from wellread.results import Report
 
     truth, names = labels(data), class_names(data)
     figures: dict[str, Any] = {"rows": len(truth)}
@@ -104,7 +105,11 @@ def evaluate(network: Network, data: Dataset) -> Report:
         threshold = getattr(network.module, "threshold", None)
         if threshold is not None:
             alarm = found > float(threshold)
-            figures |= {"false_alarm_rate": float(alarm[~strange].mean()), "detection_rate": float(alarm[strange].mean()), "threshold": float(threshold)}
+            figures |= {
+                "false_alarm_rate": float(alarm[~strange].mean()),
+                "detection_rate": float(alarm[strange].mean()),
+                "threshold": float(threshold),
+            }
         false, true, _ = roc_curve(strange, found)
         return Report(f"{name_of(data)}: anomaly scores", figures, pictures={"roc": roc_chart({"anomaly score": (false, true, figures["auroc"])})})
     if network.output != "logits":
@@ -115,7 +120,9 @@ def evaluate(network: Network, data: Dataset) -> Report:
     if network.labels and list(network.labels[: len(names)]) != names and set(names) <= set(network.labels):
         truth = np.asarray([network.labels.index(name) for name in names])[truth]  # same classes in another order
     elif network.labels and not set(names) <= set(network.labels) and not all(name.isdigit() for name in names):
-        raise BadInput(f"the network knows {', '.join(network.labels[:5])}... and {name_of(data)} holds {', '.join(names[:5])}...: they do not belong together")
+        raise BadInput(
+            f"the network knows {', '.join(network.labels[:5])}... and {name_of(data)} holds {', '.join(names[:5])}...: they do not belong together"
+        )
     found_metrics = metrics(logits, truth)
     correct = int((logits.argmax(1) == truth).sum())
     low, high = accuracy_interval(correct, len(truth))

@@ -20,7 +20,7 @@ from wellread import runtime
 from wellread.batches import network_batches
 from wellread.data import name_of, row_hashes
 from wellread.errors import BadInput
-from wellread.inputs import input_config
+from wellread.inputs import ImageInput, input_config
 from wellread.structure import layer_of
 
 if TYPE_CHECKING:
@@ -54,8 +54,8 @@ def example_batch(network: Network, rows: int = 1) -> Tensor | dict[str, Tensor]
     source = network.input
     if source is None:
         raise BadInput("this network does not say how it is fed: make it with Network(module, input=ImageInput(...)) or TextInput(...)")
-    if source.column == "image":
-        batch: Any = source.normalise(torch.full((rows, source.channels, *source.size), 127, dtype=torch.uint8))
+    if isinstance(source, ImageInput):
+        batch = source.normalise(torch.full((rows, source.channels, *source.size), 127, dtype=torch.uint8))
         return batch.to(network.device)
     return {key: value.to(network.device) for key, value in source(["a sentence"] * rows).items()}
 

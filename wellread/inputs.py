@@ -141,7 +141,7 @@ def input_from(config: dict[str, Any] | None, folder: Path) -> ImageInput | Text
     """The input of a saved network; the tokenizer lies beside it in `folder`/tokenizer."""
     if config is None:
         return None
-    fields = {key: tuple(value) if isinstance(value, list) else value for key, value in config.items() if key != "kind"}
+    fields: dict[str, Any] = {key: tuple(value) if isinstance(value, list) else value for key, value in config.items() if key != "kind"}
     if config["kind"] == "image":
         return ImageInput(**fields)
     from transformers import AutoTokenizer

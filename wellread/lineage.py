@@ -97,7 +97,11 @@ def model_card(network: Network) -> str:
         model_name=name if results else None,
         eval_results=results or None,
     )
-    lines = [f"# {name}", "", f"Made with wellread. Gives {network.output.replace('_', ' ')}" + (f" for {len(network.labels)} classes." if network.labels else ".")]
+    lines = [
+        f"# {name}",
+        "",
+        f"Made with wellread. Gives {network.output.replace('_', ' ')}" + (f" for {len(network.labels)} classes." if network.labels else "."),
+    ]
     if network.labels and len(network.labels) <= 50:
         lines += ["", "Classes: " + ", ".join(network.labels) + "."]
     lines += ["", "```python", "import wellread", "", 'network = wellread.load("THIS FOLDER")', "```", "", "## Lineage", ""]
@@ -125,15 +129,23 @@ def drawing(lineage: list[Step]) -> str:
     }
     total_w = len(columns) * (width + gap_x)
     total_h = max((len(members) for members in columns), default=0) * (height + gap_y)
-    parts = [f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {total_w} {total_h}" width="{total_w}" style="max-width:100%" font-family="sans-serif">']
+    parts = [
+        f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {total_w} {total_h}" width="{total_w}" style="max-width:100%" font-family="sans-serif">'
+    ]
     for number, (x, y) in place.items():
         for parent in parents[number]:
             px, py = place[parent]
             ax, ay, bx, by = px + width, py + height / 2, x, y + height / 2
-            parts.append(f'<path d="M{ax},{ay} C{ax + gap_x / 2},{ay} {bx - gap_x / 2},{by} {bx},{by}" fill="none" stroke="#868e96" stroke-width="1.5"/>')
+            parts.append(
+                f'<path d="M{ax},{ay} C{ax + gap_x / 2},{ay} {bx - gap_x / 2},{by} {bx},{by}" fill="none" stroke="#868e96" stroke-width="1.5"/>'
+            )
     for number, (x, y) in place.items():
         each = lineage[number]
-        changed = ", ".join(f"{k}={v}" for k, v in each["settings"].items() if v is not None and k in ("name", "mode", "recipe", "epochs", "learning_rate", "seed", "size"))
+        changed = ", ".join(
+            f"{k}={v}"
+            for k, v in each["settings"].items()
+            if v is not None and k in ("name", "mode", "recipe", "epochs", "learning_rate", "seed", "size")
+        )
         lines = [*wrap(changed, 32)[:2], *(f"{d['name']}, {d['rows']} rows" for d in each["data"][:2])][:4]
         parts.append(f'<rect x="{x}" y="{y}" width="{width}" height="{height}" rx="6" fill="#f1f3f5" stroke="#495057"/>')
         parts.append(f'<text x="{x + 10}" y="{y + 20}" font-size="14" font-weight="bold">{escape(each["method"])}</text>')

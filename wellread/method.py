@@ -52,12 +52,20 @@ def parameters(function: Callable[..., Any]) -> list[Parameter]:
     found = []
     for name, parameter in inspect.signature(plain).parameters.items():
         kind, needs, many, optional, choices = _take_apart(hints[name])
+        required = parameter.default is parameter.empty
         found.append(
             Parameter(
-                name, "setting" if parameter.kind is parameter.KEYWORD_ONLY else "brings", kind, needs,
-                None if parameter.default is parameter.empty else parameter.default,
-                parameter.default is parameter.empty, many, optional, choices, words.get(name, ""),
-            )  # fmt: skip
+                name=name,
+                kind="setting" if parameter.kind is parameter.KEYWORD_ONLY else "brings",
+                type=kind,
+                needs=needs,
+                default=None if required else parameter.default,
+                required=required,
+                many=many,
+                optional=optional,
+                choices=choices,
+                help=words.get(name, ""),
+            )
         )
     return found
 
@@ -153,7 +161,7 @@ def _name(function: Callable[..., Any]) -> str:
 
 
 def _setting(wanted: Parameter, value: Any) -> Any:
-    if value is None and (wanted.optional or not wanted.required and wanted.default is None):
+    if value is None and (wanted.optional or (not wanted.required and wanted.default is None)):
         return None
     if wanted.type is Network or wanted.type is Dataset:
         return value

@@ -149,8 +149,8 @@ class Network:
     def embedding_size(self) -> int:
         """Features that go into the head."""
         head = structure.layer_of(self.module, self.head or "")
-        if hasattr(head, "in_features"):
-            return int(head.in_features)
+        if isinstance(head, nn.Linear):
+            return head.in_features
         from wellread.features import probe
 
         return int(probe(self, [self.head or ""], inputs=True)[self.head or ""].shape[-1])
@@ -225,7 +225,9 @@ def load(name: str | Path, *, pretrained: bool = True, **arguments: Any) -> Netw
             raise BadInput(f"the folder {str(name)!r} holds no network: neither {CONFIG} (saved by wellread) nor config.json (transformers) is in it")
         opened: families.Opened | None = families.open_transformers(folder, str(name))
     elif folder.is_file():
-        raise BadInput(f"{str(name)!r} is a file, and a file of weights does not say its architecture: build the module, load_state_dict, and wrap it in Network")
+        raise BadInput(
+            f"{str(name)!r} is a file, and a file of weights does not say its architecture: build the module, load_state_dict, and wrap it in Network"
+        )
     else:
         opened = families.open_pretrained(str(name), pretrained, **arguments)
     if opened is None:
@@ -271,7 +273,9 @@ def _load_folder(folder: Path) -> Network:
     try:
         load_model(module, str(folder / WEIGHTS), strict=True)
     except (SafetensorError, RuntimeError) as failed:
-        raise BadInput(f"{folder / WEIGHTS} is damaged or of another network ({str(failed).strip().splitlines()[0][:120]}): copy the folder again") from None
+        raise BadInput(
+            f"{folder / WEIGHTS} is damaged or of another network ({str(failed).strip().splitlines()[0][:120]}): copy the folder again"
+        ) from None
     network = Network(
         module, input_from(config["input"], folder), config["head"], config["labels"], config["output"],
         config["architecture"], config["edits"], config["lineage"], config["measured"],
@@ -331,7 +335,9 @@ def as_network(given: Network | nn.Module | str | Path) -> Network:
         return Network(given)
     if isinstance(given, str | Path):
         return load(given)
-    raise BadInput(f"a network is needed, not a {type(given).__name__}: give a Network, an nn.Module, a name such as 'efficientnet-lite0', or a folder")
+    raise BadInput(
+        f"a network is needed, not a {type(given).__name__}: give a Network, an nn.Module, a name such as 'efficientnet-lite0', or a folder"
+    )
 
 
 class Networks(Sequence[Network]):

@@ -2,42 +2,36 @@
 
 Each has `save(folder)`, `show()` (short, in the terminal), `html()` (one page that needs nothing else) and `to_dict()`;
 `load_result(folder)` brings it back bit for bit. A saved result is `result.json`, `arrays.safetensors` and
-`report.html`; nothing is pickled. The page, tables and charts at the end of the file are for reports of one's own:
-`page(title, [(heading, html), ...])`.
+`report.html`; nothing is pickled. Reports of one's own are made with `pages.py` and `charts.py`.
 """
 
 from __future__ import annotations
 
-import base64
 import csv
 import hashlib
-import html as markup
-import io
 import json
 import math
-import textwrap
-import warnings
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field, fields, is_dataclass
-from itertools import accumulate
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 
 from wellread import __version__
+from wellread.charts import bar_chart, colormap, front_chart, histogram_chart, image_png, thumbnail
 from wellread.errors import BadInput
 from wellread.folders import new_folder
+from wellread.pages import data_url, escape, figure_html, made_by_section, page, paragraphs, table_html, tiles
+from wellread.tables import columns_of, number, plain, print_parts
 
 if TYPE_CHECKING:
-    from matplotlib.axes import Axes
-    from rich.console import Console
+    pass
 
 Array = np.ndarray[Any, np.dtype[Any]]
 Result = Any  # one of the five below
 FORMAT = 1
 PICTURES = 64  # at most so many heatmaps are drawn
-COLORS = ("#0b5cad", "#d9480f", "#2b8a3e", "#862e9c", "#b58900", "#495057")
 
 
 # ---- the five kinds ------------------------------------------------------------------------------------------------------------------
@@ -62,7 +56,7 @@ class Scores:
     def __post_init__(self) -> None:
         self.values = _numbers(self.values, "values", infinite=True)
         self.items = _names(self.items, len(self.values))
-        self.columns = {str(name): _plain(_listed(column), f"columns[{name!r}]") for name, column in self.columns.items()}
+        self.columns = {str(name): plain(_listed(column), f"columns[{name!r}]") for name, column in self.columns.items()}
         for name, column in self.columns.items():
             _same_length(column, len(self.values), f"columns[{name!r}]")
 
@@ -129,7 +123,7 @@ class Scores:
 
     def show(self) -> None:
         """Print the spread and the five highest and lowest."""
-        _show(
+        print_parts(
             f"{self.what}, {number(len(self))} examples",
             self.meaning,
             ("", [self._spread()]),
@@ -147,7 +141,7 @@ class Scores:
                 ("Spread", drawn + table_html([self._spread()])),
                 ("Highest", table_html(self._rows(self.highest(20)))),
                 ("Lowest", table_html(self._rows(self.lowest(20)))),
-                *_made_by(self),
+                *made_by_section(self.made_by),
             ],
             lead=self.meaning + (" All values are in scores.csv, beside this page." if len(self) > 40 else ""),
         )
@@ -210,14 +204,14 @@ class Ranking:
     def show(self) -> None:
         """Print the ten best."""
         more = f"and {number(len(self) - 10)} more" if len(self) > 10 else ""
-        _show(f"{number(len(self))} ranked by {self.what} ({self._better()} is better)", ("", self._rows()[:10]), more)
+        print_parts(f"{number(len(self))} ranked by {self.what} ({self._better()} is better)", ("", self._rows()[:10]), more)
 
     def html(self) -> str:
         """One page: bars of the best twenty and the table."""
         best = self.order()[:20]
         bars: list[tuple[str, float]] = [(self.items[i], float(self.scores[i])) for i in best if np.isfinite(self.scores[i])]
         picture = [("Best", figure_html(bar_chart(bars, x=self.what), f"{self.what}: {self._better()} is better."))] if bars else []
-        return page(f"Ranking by {self.what}", [*picture, ("All", table_html(self._rows(), limit=500)), *_made_by(self)])
+        return page(f"Ranking by {self.what}", [*picture, ("All", table_html(self._rows(), limit=500)), *made_by_section(self.made_by)])
 
     def to_dict(self) -> dict[str, Any]:
         """Everything as JSON values; what is not a finite number becomes None."""
@@ -246,7 +240,7 @@ class Front:
     def __post_init__(self) -> None:
         if not isinstance(self.points, Sequence) or not self.points:
             raise BadInput("a front needs at least one point: a dict with its cost and quality")
-        self.points = _plain(list(self.points), "points")
+        self.points = plain(list(self.points), "points")
         for i, point in enumerate(self.points):
             for key in (self.cost, self.quality):
                 value = point.get(key) if isinstance(point, dict) else None
@@ -283,14 +277,14 @@ class Front:
         rows = self._rows(efficient_only=True)
         shown = [rows[i] for i in sorted({round(i) for i in np.linspace(0, len(rows) - 1, min(12, len(rows)))})]
         more = f"{len(shown)} of {len(rows)} efficient choices shown" if len(shown) < len(rows) else ""
-        _show(f"{self.quality} against {self.cost}: {len(rows)} of {len(self)} choices are efficient", ("", shown), more)
+        print_parts(f"{self.quality} against {self.cost}: {len(rows)} of {len(self)} choices are efficient", ("", shown), more)
 
     def html(self) -> str:
         """One page: the front drawn, and the points as a table."""
         caption = f"Each dot is one choice. On the line, more {self.quality} is only to be had for more {self.cost}."
         drawn = figure_html(front_chart(self), caption)
         table = table_html(self._rows(efficient_only=False), limit=500)
-        return page(f"{self.quality} against {self.cost}", [("The front", drawn), ("Choices", table), *_made_by(self)])
+        return page(f"{self.quality} against {self.cost}", [("The front", drawn), ("Choices", table), *made_by_section(self.made_by)])
 
     def to_dict(self) -> dict[str, Any]:
         """Everything as JSON values, and the indices of the efficient points."""
@@ -346,8 +340,8 @@ class Heatmaps:
         _same_length(self.targets, len(self.maps), "targets")
         self.targets = [str(target) for target in self.targets]
         self.items = _names(self.items, len(self.maps))
-        self.figures = _plain(dict(self.figures), "figures")
-        self.columns = {str(name): _plain(_listed(column), f"columns[{name!r}]") for name, column in self.columns.items()}
+        self.figures = plain(dict(self.figures), "figures")
+        self.columns = {str(name): plain(_listed(column), f"columns[{name!r}]") for name, column in self.columns.items()}
         for name, column in self.columns.items():
             _same_length(column, len(self.maps), f"columns[{name!r}]")
         self.warnings = [str(warning) for warning in self.warnings]
@@ -367,7 +361,7 @@ class Heatmaps:
         heat = np.clip(self.maps[i], 0, None)
         heat = heat / max(1.0, float(heat.max()))
         opacity = (strength * np.sqrt(heat))[..., None]
-        mixed: Array = np.rint((1 - opacity) * self.images[i] + opacity * 255 * _colormap(colors, heat)).astype(np.uint8)
+        mixed: Array = np.rint((1 - opacity) * self.images[i] + opacity * 255 * colormap(colors, heat)).astype(np.uint8)
         return mixed
 
     def save(self, folder: str | Path, force: bool = False) -> Path:
@@ -382,26 +376,26 @@ class Heatmaps:
         rows = [self._row(i) | ({"note": self._note(i)} if without else {}) for i in range(min(10, len(self)))]
         warned = [f"warning: {warning}" for warning in self.warnings]
         found = [{"figure": name, "value": value} for name, value in self.figures.items()]
-        _show(f"{number(len(self))} heatmaps", *warned, ("", found), ("", rows), more, flag, "save it and open report.html to see them")
+        print_parts(f"{number(len(self))} heatmaps", *warned, ("", found), ("", rows), more, flag, "save it and open report.html to see them")
 
     def html(self) -> str:
         """One page: picture and overlay side by side for the first 64."""
         cells = []
         for i in range(min(PICTURES, len(self))):
-            left, right = _small(self.images[i]), _small(self.overlay(i))
+            left, right = thumbnail(self.images[i]), thumbnail(self.overlay(i))
             pair = image_png(np.concatenate([left, np.full((len(left), 6, 3), 255, np.uint8), right], axis=1))
             item, note = escape(self._row(i)["item"]), self._note(i)
             words = f"<b>{item}</b><br>for {escape(self.targets[i])}, peak {number(self.peak[i])}"
             flag = f' <span class="flag">{escape(note)}</span>' if note else ""
-            cells.append(f'<figure><img src="{_data(pair)}" alt="{item}"><figcaption>{words}{flag}</figcaption></figure>')
+            cells.append(f'<figure><img src="{data_url(pair)}" alt="{item}"><figcaption>{words}{flag}</figcaption></figure>')
         scale = np.repeat(np.linspace(0, 1, 256)[None], 12, axis=0)
-        bar = image_png(np.rint(255 * _colormap("inferno", scale)).astype(np.uint8))
-        key = f'<p class="key">little evidence <img src="{_data(bar)}" alt="color scale" width="160" height="12"> much evidence</p>'
+        bar = image_png(np.rint(255 * colormap("inferno", scale)).astype(np.uint8))
+        key = f'<p class="key">little evidence <img src="{data_url(bar)}" alt="color scale" width="160" height="12"> much evidence</p>'
         shown = f" The first {PICTURES} of {number(len(self))} are shown." if len(self) > PICTURES else ""
         findings = Report("", figures=self.figures, warnings=self.warnings).sections()
         return page(
             "Heatmaps",
-            [*findings, ("Pictures", key + f'<div class="sheet">{"".join(cells)}</div>'), *_made_by(self)],
+            [*findings, ("Pictures", key + f'<div class="sheet">{"".join(cells)}</div>'), *made_by_section(self.made_by)],
             lead="Left the picture, right the same picture with the evidence over it: the brighter the color, the more that place spoke "
             "for what is named below. The peak is the strongest evidence, in the network's own units." + shown,
         )
@@ -428,7 +422,7 @@ class Report:
     """
 
     title: str
-    figures: dict[str, float | str | int] = field(default_factory=dict)
+    figures: dict[str, Any] = field(default_factory=dict)  # float, int or str
     tables: dict[str, list[dict[str, Any]]] = field(default_factory=dict)
     text: str = ""
     pictures: dict[str, bytes] = field(default_factory=dict, repr=False)
@@ -436,8 +430,8 @@ class Report:
     made_by: dict[str, Any] | None = field(default=None, repr=False)
 
     def __post_init__(self) -> None:
-        self.figures = _plain(dict(self.figures), "figures")
-        self.tables = {str(name): _plain(list(rows), f"tables[{name!r}]") for name, rows in self.tables.items()}
+        self.figures = plain(dict(self.figures), "figures")
+        self.tables = {str(name): plain(list(rows), f"tables[{name!r}]") for name, rows in self.tables.items()}
         self.warnings = [str(warning) for warning in self.warnings]
         for name, rows in self.tables.items():
             for i, row in enumerate(rows):
@@ -461,17 +455,17 @@ class Report:
             parts += [(name, rows[:12]), f"and {number(len(rows) - 12)} more rows" if len(rows) > 12 else ""]
         if self.pictures:
             parts.append(f"{len(self.pictures)} pictures: save it and open report.html to see them")
-        _show(self.title, *parts)
+        print_parts(self.title, *parts)
 
     def html(self) -> str:
         """One page of everything in it."""
-        return page(self.title, [*self.sections(), *_made_by(self)])
+        return page(self.title, [*self.sections(), *made_by_section(self.made_by)])
 
     def sections(self) -> list[tuple[str, str]]:
         """The parts of the page as (heading, html), to be put into a larger page."""
         warned = "".join(f'<p class="warning">{escape(warning)}</p>' for warning in self.warnings)
         rows = [{"figure": name, "value": value} for name, value in self.figures.items()]
-        measured = _tiles(self.figures) if len(rows) <= 8 else table_html(rows)
+        measured = tiles(self.figures) if len(rows) <= 8 else table_html(rows)
         first = warned + (measured if rows else "") + paragraphs(self.text)
         parts = [("Findings", first)] if first else []
         parts += [("Pictures", "".join(figure_html(picture, name) for name, picture in self.pictures.items()))] if self.pictures else []
@@ -517,7 +511,7 @@ def _save(result: Result, folder: str | Path, force: bool) -> Path:
     with new_folder(folder, force) as place:
         arrays: dict[str, Array] = {}
         content = {each.name: _pack(getattr(result, each.name), arrays, each.name) for each in fields(result) if each.name != "made_by"}
-        content["made_by"] = _pack(_plain(result.made_by, "made_by", strict=False), arrays, "made_by")
+        content["made_by"] = _pack(plain(result.made_by, "made_by", strict=False), arrays, "made_by")
         record = {"kind": type(result).__name__, "format": FORMAT, "wellread": __version__, "fields": content}
         if arrays:
             from safetensors.numpy import save_file
@@ -589,31 +583,9 @@ def _unpack(value: Any, arrays: dict[str, Array]) -> Any:
     return {key[1:] if key.startswith("$") else key: _unpack(each, arrays) for key, each in value.items()}
 
 
-def _plain(value: Any, where: str, strict: bool = True) -> Any:
-    """`value` as lists, dicts with str keys, str, int, float, bool and None. What is none of these is refused when strict, else worded."""
-    if value is None or type(value) in (bool, int, float, str):
-        return value
-    if isinstance(value, Mapping):
-        return {str(key): _plain(each, f"{where}[{key!r}]", strict) for key, each in value.items()}
-    if isinstance(value, (list, tuple)):
-        return [_plain(each, f"{where}[{i}]", strict) for i, each in enumerate(value)]
-    if isinstance(value, (np.ndarray, np.generic)) and value.dtype.kind in "biufU":
-        return value.tolist()
-    if isinstance(value, Path):
-        return str(value)
-    if is_dataclass(value) and not isinstance(value, type):
-        return {each.name: _plain(getattr(value, each.name), f"{where}.{each.name}", strict) for each in fields(value)}
-    for base in (bool, int, float, str):  # subclasses, such as a str enumeration
-        if isinstance(value, base):
-            return base(value)
-    if strict:
-        raise BadInput(f"{where} is a {type(value).__name__}, which cannot be saved: give numbers, text, lists and dicts of these")
-    return str(value)
-
-
 def _to_dict(result: Result) -> dict[str, Any]:
     content = {each.name: _json(getattr(result, each.name)) for each in fields(result) if each.name != "made_by"}
-    return {"kind": type(result).__name__, **content, "made_by": _json(_plain(result.made_by, "made_by", strict=False))}
+    return {"kind": type(result).__name__, **content, "made_by": _json(plain(result.made_by, "made_by", strict=False))}
 
 
 def _json(value: Any) -> Any:
@@ -630,7 +602,7 @@ def _json(value: Any) -> Any:
 
 def _write_csv(path: Path, rows: list[dict[str, Any]]) -> None:
     with path.open("w", newline="", encoding="utf-8", errors="replace") as file:
-        writer = csv.DictWriter(file, _columns(rows), restval="")
+        writer = csv.DictWriter(file, columns_of(rows), restval="")
         writer.writeheader()
         writer.writerows(rows)
 
@@ -691,411 +663,3 @@ def _is_fraction(value: float, name: str, low_included: bool) -> None:
     real = isinstance(value, (int, float, np.integer, np.floating)) and not isinstance(value, bool)
     if not real or not (0 <= value <= 1 if low_included else 0 < value <= 1):
         raise BadInput(f"{name} {value!r} must lie in {'[' if low_included else '('}0, 1]")
-
-
-# ---- in the terminal -----------------------------------------------------------------------------------------------------------------
-
-
-def _show(title: str, *parts: str | tuple[str, list[dict[str, Any]]]) -> None:
-    """Print a title, paragraphs, and tables given as (heading, rows)."""
-    from rich.console import Console
-    from rich.text import Text
-
-    console = Console(highlight=False, emoji=False, markup=False)
-    console.print(Text(_printable(title, console), style="bold"))
-    for part in parts:
-        if isinstance(part, tuple):
-            heading, rows = part
-            if rows:
-                console.print(_rich_table(heading, rows, console))
-        elif part:
-            console.print(Text(_printable(part, console)))
-
-
-def _rich_table(heading: str, rows: list[dict[str, Any]], console: Console) -> Any:
-    from rich import box
-    from rich.table import Table
-    from rich.text import Text
-
-    columns = {name: _cells(name, rows) for name in _columns(rows)}
-    widths = [min(20, max(len(text) for text in (name, *cells))) + 3 for name, cells in columns.items()]
-    fitting = max(2, sum(end <= console.width for end in accumulate(widths)))  # a column of two letters is of no use
-    title = heading + (f" (+ {len(columns) - fitting} more columns)" if len(columns) > fitting else "")
-    columns = dict(list(columns.items())[:fitting])
-    table = Table(title=Text(_printable(title, console)) if title else None, title_justify="left", box=box.SIMPLE_HEAD, pad_edge=False)
-    for name in columns:
-        right = _numeric(name, rows)
-        table.add_column(Text(_printable(name, console)), justify="right" if right else "left", overflow="fold", no_wrap=right)
-    for cells in zip(*columns.values(), strict=True):
-        table.add_row(*(Text(_printable(cell, console)) for cell in cells))
-    return table
-
-
-def _printable(text: str, console: Console) -> str:
-    """Without control characters (a file name must not command the terminal), and with nothing the terminal cannot write."""
-    clean = "".join(c if c.isprintable() or c == "\n" else "?" for c in text)
-    encoding = console.encoding or "utf-8"
-    return clean.encode(encoding, "replace").decode(encoding)
-
-
-def _columns(rows: Iterable[Mapping[str, Any]]) -> list[str]:
-    return list(dict.fromkeys(name for row in rows for name in row))
-
-
-def _is_number(value: Any) -> bool:
-    return isinstance(value, (int, float)) and not isinstance(value, bool)
-
-
-def _numeric(name: str, rows: Iterable[Mapping[str, Any]]) -> bool:
-    return all(_is_number(row.get(name)) or row.get(name) is None for row in rows)
-
-
-def _cells(name: str, rows: Sequence[Mapping[str, Any]]) -> list[str]:
-    """A column as text; when one of its numbers needs all four digits, all show them, so that they stand beneath each other."""
-    texts = [_cell(name, row.get(name)) for row in rows]
-    if any(
-        isinstance(row.get(name), float) and len(text.strip("-0.").replace(".", "")) >= 4 for row, text in zip(rows, texts, strict=True)
-    ):
-        for i, row in enumerate(rows):
-            value = row.get(name)
-            if isinstance(value, float) and 1e-4 <= abs(value) < 1000:
-                texts[i] = f"{value:#.4g}"
-    return texts
-
-
-def _cell(name: str, value: Any) -> str:
-    if value is None or (isinstance(value, float) and math.isnan(value)):
-        return "-"
-    if isinstance(value, bool):
-        return "yes" if value else "no"
-    if _is_number(value):
-        return str(value) if name in ("index", "seed", "year") else number(value)
-    return value if isinstance(value, str) else json.dumps(_plain(value, name, strict=False), ensure_ascii=False)
-
-
-def number(value: Any) -> str:
-    """A number for people: whole numbers in full with thousands separated, others with four significant digits."""
-    value = value.item() if hasattr(value, "item") else value
-    if isinstance(value, int):
-        return f"{value:,}"
-    if not math.isfinite(value):
-        return str(value)
-    if value == 0 or 1e-4 <= abs(value) < 1000:
-        return f"{value:.4g}"
-    return f"{value:,.0f}" if 1000 <= abs(value) < 1e9 else f"{value:.3g}"
-
-
-# ---- pages ---------------------------------------------------------------------------------------------------------------------------
-
-STYLE = """
-:root { color-scheme: light; }
-body { font: 16px/1.5 system-ui, -apple-system, "Segoe UI", Roboto, "Helvetica Neue", sans-serif; color: #1d2329; background: #fff;
-  max-width: 960px; margin: 0 auto; padding: 24px 16px 48px; overflow-wrap: anywhere; }
-h1 { font-size: 28px; line-height: 1.2; margin: 8px 0 12px; }
-h2 { font-size: 20px; margin: 36px 0 8px; padding-bottom: 4px; border-bottom: 1px solid #dde2e6; }
-p { max-width: 72ch; } p.lead { font-size: 17px; color: #3d4750; }
-a { color: #0b5cad; } nav { font-size: 14px; margin: 12px 0; } nav a { margin-right: 14px; }
-table { border-collapse: collapse; font-size: 14px; margin: 10px 0; } .scroll { overflow-x: auto; }
-th, td { text-align: left; padding: 5px 14px 5px 0; border-bottom: 1px solid #e8ebee; vertical-align: top; }
-th { color: #56616b; font-weight: 600; overflow-wrap: normal; }
-td.n, th.n { text-align: right; font-variant-numeric: tabular-nums; white-space: nowrap; }
-figure { margin: 14px 0; } figure > img { display: block; } img { max-width: 100%; }
-figcaption, .note, .key { font-size: 14px; color: #56616b; } .key img { vertical-align: middle; margin: 0 6px; }
-.sheet { display: grid; grid-template-columns: repeat(auto-fill, minmax(min(400px, 100%), 1fr)); gap: 16px; } .sheet figure { margin: 0; }
-.sheet img { width: 100%; }
-.tiles { display: flex; flex-wrap: wrap; gap: 12px; margin: 14px 0; }
-.tile { border: 1px solid #dde2e6; border-radius: 8px; padding: 10px 16px; min-width: 110px; }
-.tile b { display: block; font-size: 24px; line-height: 1.25; } .tile span { font-size: 13px; color: #56616b; }
-.warning { border-left: 4px solid #d9480f; background: #fff4ec; padding: 8px 12px; }
-.flag { color: #b02a08; font-weight: 600; white-space: nowrap; } footer { margin-top: 48px; color: #66717b; font-size: 13px; }
-@media print { h2 { break-after: avoid; } figure, tr { break-inside: avoid; } }
-"""
-
-
-def page(title: str, sections: Sequence[tuple[str, str]], lead: str = "", footer: str = "") -> str:
-    """A complete HTML page that loads nothing: `sections` are (heading, html); title, headings, lead and footer are text and are escaped.
-
-    The page forbids itself scripts and outside sources, so that whatever stands in file names and labels stays text.
-    """
-    links = "".join(f'<a href="#s{i}">{escape(heading)}</a>' for i, (heading, _) in enumerate(sections))
-    body = "".join(f'<section id="s{i}"><h2>{escape(heading)}</h2>{content}</section>\n' for i, (heading, content) in enumerate(sections))
-    return (
-        '<!doctype html>\n<html lang="en"><head><meta charset="utf-8">\n'
-        '<meta name="viewport" content="width=device-width, initial-scale=1">\n'
-        "<meta http-equiv=\"Content-Security-Policy\" content=\"default-src 'none'; img-src data:; style-src 'unsafe-inline'\">\n"
-        f"<title>{escape(title)}</title><style>{STYLE}</style></head><body>\n<h1>{escape(title)}</h1>\n"
-        + (f'<p class="lead">{escape(lead)}</p>\n' if lead else "")
-        + (f"<nav>{links}</nav>\n" if len(sections) > 4 else "")
-        + f"<main>{body}</main>\n<footer>{escape(footer or f'Written by wellread {__version__}')}</footer></body></html>\n"
-    )
-
-
-def escape(text: object) -> str:
-    """`text` for use inside HTML, also inside a quoted attribute."""
-    return markup.escape(str(text), quote=True)
-
-
-def paragraphs(text: str) -> str:
-    """Plain text as HTML: a blank line begins a paragraph."""
-    return "".join(f"<p>{escape(part.strip())}</p>" for part in text.split("\n\n") if part.strip())
-
-
-def table_html(rows: Sequence[Mapping[str, Any]], caption: str = "", limit: int | None = None) -> str:
-    """A table of `rows`, with the columns in the order in which they first appear; at most `limit` rows, and then a note."""
-    if not rows:
-        return '<p class="note">nothing to list</p>'
-    names = _columns(rows)
-    shown = rows[:limit]
-    numeric = {name for name in names if _numeric(name, shown)}
-    head = "".join(f'<th{_right(name in numeric)} scope="col">{escape(name)}</th>' for name in names)
-    columns = ([f"<td{_right(name in numeric)}>{escape(cell)}</td>" for cell in _cells(name, shown)] for name in names)
-    body = "".join(f"<tr>{''.join(cells)}</tr>\n" for cells in zip(*columns, strict=True))
-    words = [caption] if caption else []
-    if limit is not None and len(rows) > limit:
-        words.append(f"The first {number(limit)} of {number(len(rows))} rows.")
-    note = f'<p class="note">{escape(" ".join(words))}</p>' if words else ""
-    return f'<div class="scroll"><table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table></div>{note}'
-
-
-def figure_html(png: bytes, caption: str) -> str:
-    """A picture inside the page with its caption (text)."""
-    return f'<figure><img src="{_data(png)}" alt="{escape(caption)}"><figcaption>{escape(caption)}</figcaption></figure>'
-
-
-def _right(numeric: bool) -> str:
-    return ' class="n"' if numeric else ""
-
-
-def _data(png: bytes) -> str:
-    return "data:image/png;base64," + base64.b64encode(png).decode()
-
-
-def _tiles(figures: Mapping[str, Any]) -> str:
-    cells = ((escape(_cell(name, value)), escape(name)) for name, value in figures.items())
-    return '<div class="tiles">' + "".join(f'<div class="tile"><b>{value}</b><span>{name}</span></div>' for value, name in cells) + "</div>"
-
-
-def _made_by(result: Result) -> list[tuple[str, str]]:
-    if not result.made_by:
-        return []
-    made = _plain(result.made_by, "made_by", strict=False)
-    rows = [{"what": name, "value": _words(value)} for name, value in made.items() if value not in (None, [], {}, "")]
-    return [("How it was made", table_html(rows))]
-
-
-def _words(value: Any) -> str:
-    if isinstance(value, dict):
-        return ", ".join(f"{name}={_words(each)}" for name, each in value.items())
-    if isinstance(value, list):
-        return "; ".join(_words(each) for each in value)
-    return _cell("index", value)
-
-
-# ---- pictures ------------------------------------------------------------------------------------------------------------------------
-
-
-def image_png(image: Array) -> bytes:
-    """PNG bytes of uint8 [H, W, 3] or [H, W]."""
-    from PIL import Image
-
-    stream = io.BytesIO()
-    Image.fromarray(image).save(stream, "PNG")
-    return stream.getvalue()
-
-
-def _small(image: Array, side: int = 240) -> Array:
-    """`image` with its longer side at most `side`, or enlarged in whole steps when it is tiny, so that its pixels stay pixels."""
-    from PIL import Image
-
-    longer = max(image.shape[:2])
-    if longer > side:
-        size = (max(1, round(image.shape[1] * side / longer)), max(1, round(image.shape[0] * side / longer)))
-        return np.asarray(Image.fromarray(image).resize(size, Image.Resampling.LANCZOS))
-    times = max(1, side // longer)
-    return image.repeat(times, axis=0).repeat(times, axis=1)
-
-
-def _colormap(name: str, values: Array) -> Array:
-    """Colors 0..1 [..., 3] for values 0..1 [...]."""
-    import matplotlib
-
-    if name not in matplotlib.colormaps:
-        raise BadInput(f"colormap {name!r} is not known to matplotlib: take inferno, viridis or turbo")
-    return np.asarray(matplotlib.colormaps[name](values))[..., :3]
-
-
-def _drawn(draw: Callable[[Axes], None], x: str, y: str, title: str = "", height: float = 4.2) -> bytes:
-    """PNG of a chart 9 inches wide: at the page's width its letters are as large as the text around it."""
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(9, height), layout="constrained")  # not pyplot: no window system (Agg), nothing shared between threads
-    axes = figure.add_subplot()
-    axes.spines[["top", "right"]].set_visible(False)
-    axes.grid(color="#e4e8eb", linewidth=0.8)
-    axes.set_axisbelow(True)
-    draw(axes)
-    axes.set_xlabel(_label(x), fontsize=11)
-    axes.set_ylabel(_label(y), fontsize=11)
-    axes.tick_params(labelsize=10)
-    if title:
-        axes.set_title(_label(title), fontsize=12, loc="left")
-    stream = io.BytesIO()
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", message="Glyph")  # scripts the font lacks are drawn as boxes; the table beside has the name
-        figure.savefig(stream, format="png", dpi=200, metadata={"Software": None})
-    return stream.getvalue()
-
-
-def _label(text: str) -> str:
-    """Text for matplotlib: a dollar is a dollar, not the start of a formula, and a leading underscore does not hide a line."""
-    return (" " if text.startswith("_") else "") + text.replace("$", r"\$")
-
-
-def _legend(axes: Axes, handles: list[Any], names: Iterable[str]) -> None:
-    names = [textwrap.fill(_label(name), 34) for name in names]
-    if len(names) > 1:
-        axes.legend(handles, names, fontsize=10, frameon=False, loc="center left", bbox_to_anchor=(1.0, 0.5))
-    elif names[0].strip():
-        axes.legend(handles, names, fontsize=10, frameon=False, loc="best")
-
-
-def _styles(n: int) -> Iterable[dict[str, Any]]:
-    """A color and, after six, another dash for each line."""
-    dashes = ("-", "--", ":", "-.")
-    return ({"color": COLORS[i % len(COLORS)], "linestyle": dashes[i // len(COLORS) % len(dashes)]} for i in range(n))
-
-
-def line_chart(
-    lines: Mapping[str, Sequence[float]],
-    *,
-    x: str,
-    y: str,
-    at: Sequence[float] | None = None,
-    spread: Mapping[str, Sequence[float]] | None = None,
-    smooth: int = 1,
-    title: str = "",
-    log_y: bool = False,
-) -> bytes:
-    """PNG of one line for each name. NaN leaves a gap.
-
-    x, y: what the axes show, with units. at: places on the x axis, 1, 2, ... when left out.
-    spread: for some names, plus or minus how much, drawn as a band.
-    smooth: for the losses of single steps, draw the mean of so many neighbors, and the values themselves faintly.
-    """
-    from matplotlib.ticker import MaxNLocator
-
-    _not_empty(lines)
-
-    def draw(axes: Axes) -> None:
-        handles = []
-        for (name, values), style in zip(lines.items(), _styles(len(lines)), strict=True):
-            heights = np.asarray(values, float)
-            places = np.arange(1, len(heights) + 1) if at is None else np.asarray(at, float)[: len(heights)]
-            window = min(smooth, len(heights))
-            if window > 1:
-                axes.plot(places, heights, linewidth=0.8, alpha=0.25, **style)
-                half = (window - 1) // 2
-                places = places[half : len(heights) - (window - 1 - half)]
-                heights = np.convolve(heights, np.full(window, 1 / window), mode="valid")
-            handles += axes.plot(places, heights, linewidth=1.8, marker="o" if len(heights) <= 20 else None, markersize=4, **style)
-            if spread and name in spread and window <= 1:
-                around = np.asarray(spread[name], float)
-                axes.fill_between(places, heights - around, heights + around, color=style["color"], alpha=0.15, linewidth=0)
-        if log_y:
-            axes.set_yscale("log")
-        if at is None:
-            axes.xaxis.set_major_locator(MaxNLocator(integer=True))
-        _legend(axes, handles, lines)
-
-    return _drawn(draw, x, y, title)
-
-
-def roc_chart(
-    curves: Mapping[str, tuple[Sequence[float] | Array, Sequence[float] | Array, float]], *, positive: str = "positives", title: str = ""
-) -> bytes:
-    """PNG of one ROC curve for each name, from (false alarm rates, detection rates, area), as scikit-learn's roc_curve gives them.
-    positive: what is to be found, in the plural ("defects")."""
-    _not_empty(curves)
-
-    def draw(axes: Axes) -> None:
-        axes.plot([0, 1], [0, 1], color="#adb5bd", linewidth=1, linestyle=":")
-        styles = zip(curves.values(), _styles(len(curves)), strict=True)
-        handles = [axes.plot(false, true, linewidth=1.8, **style)[0] for (false, true, _), style in styles]
-        axes.set(xlim=(-0.01, 1), ylim=(0, 1.01), aspect="equal", anchor="W")
-        _legend(axes, handles, [f"{name}: area {area:.3f}" for name, (_, _, area) in curves.items()])
-
-    return _drawn(draw, "false alarms (fraction of the rest)", f"found (fraction of the {positive})", title, height=4.8)
-
-
-def bar_chart(
-    bars: Mapping[str, float] | Sequence[tuple[str, float]],
-    *,
-    x: str,
-    intervals: Mapping[str, tuple[float, float]] | None = None,
-    from_zero: bool = True,
-    title: str = "",
-) -> bytes:
-    """PNG of horizontal bars, first on top, each with its value.
-
-    x: what they measure, with its unit. intervals: (low, high) by name.
-    from_zero: False draws points on a narrower axis instead, for values that lie close together (a bar cut off below misleads).
-    """
-    pairs = list(bars.items()) if isinstance(bars, Mapping) else list(bars)
-    _not_empty(pairs)
-    values = [float(value) for _, value in pairs]
-    ends = [(intervals or {}).get(name, (value, value)) for (name, _), value in zip(pairs, values, strict=True)]
-
-    def draw(axes: Axes) -> None:
-        places = np.arange(len(pairs))
-        if from_zero:
-            axes.barh(places, values, color=COLORS[0], height=0.62)
-        else:
-            axes.plot(values, places, "o", color=COLORS[0], markersize=8)
-        if intervals:
-            below = [max(0.0, value - low) for value, (low, _) in zip(values, ends, strict=True)]
-            above = [max(0.0, high - value) for value, (_, high) in zip(values, ends, strict=True)]
-            axes.errorbar(values, places, xerr=[below, above], fmt="none", ecolor="#1d2329", elinewidth=1.2, capsize=4)
-        for place, value, (_, high) in zip(places, values, ends, strict=True):
-            end = max(value, high, 0.0) if from_zero else max(value, high)
-            axes.annotate(number(value), (end, place), (6, 0), textcoords="offset points", va="center", fontsize=10)
-        axes.set_yticks(places, [_label(name if len(name) <= 40 else name[:39] + "…") for name, _ in pairs])
-        axes.set_ylim(len(pairs) - 0.4, -0.6)
-        axes.margins(x=0.12)
-        axes.grid(visible=False, axis="y")
-
-    return _drawn(draw, x, "", title, height=1.1 + 0.42 * len(pairs))
-
-
-def histogram_chart(values: Sequence[float] | Array, *, x: str, y: str, title: str = "") -> bytes:
-    """PNG of how `values` [N] spread; those that are not finite are left out."""
-    finite = np.asarray(values, np.float64)
-    finite = finite[np.isfinite(finite)]
-
-    def draw(axes: Axes) -> None:
-        bins = min(60, max(8, math.isqrt(len(finite))))
-        if len(finite):
-            low, high = float(finite.min()), float(finite.max())
-            close = high - low <= 1e-9 * max(abs(low), abs(high))  # closer together than the axis could show
-            axes.hist(finite, bins=1 if close else bins, color=COLORS[0], edgecolor="white", linewidth=0.6)
-
-    return _drawn(draw, x, y, title, height=3.4)
-
-
-def front_chart(front: Front, title: str = "") -> bytes:
-    """PNG of all points of a `Front`, with a line through the efficient ones."""
-    costs = [float(point[front.cost]) for point in front.points]
-    qualities = [float(point[front.quality]) for point in front.points]
-    good = front.efficient()
-
-    def draw(axes: Axes) -> None:
-        beaten = axes.plot(costs, qualities, "o", color="#adb5bd", markersize=5)
-        line = [costs[i] for i in good], [qualities[i] for i in good]
-        best = axes.plot(*line, "o-", color=COLORS[0], markersize=6, drawstyle="steps-post")
-        axes.legend(beaten + best, ["beaten by another", "efficient"], fontsize=10, frameon=False, loc="lower right")
-
-    return _drawn(draw, front.cost, front.quality, title)
-
-
-def _not_empty(values: Any) -> None:
-    if not len(values):
-        raise BadInput("a chart needs at least one thing to draw")

@@ -30,11 +30,12 @@ class Runtime:
     folder: Path | None = None  # checkpoints of a long run; None keeps none
 
 
-_current: ContextVar[Runtime] = ContextVar("runtime", default=Runtime())
+_current: ContextVar[Runtime] = ContextVar("runtime")
+_DEFAULT = Runtime()
 
 
 def current() -> Runtime:
-    return _current.get()
+    return _current.get(_DEFAULT)
 
 
 @contextmanager

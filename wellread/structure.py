@@ -122,22 +122,23 @@ def factorise(module: nn.Module, *, layer: str, rank: int, fill: bool = True) ->
         raise BadInput(f"rank {rank} does not fit layer {layer!r}: choose 1 to {highest}")
     kind: dict[str, Any] = {"device": old.weight.device, "dtype": old.weight.dtype}
     if isinstance(old, nn.Linear):
-        first: nn.Module = nn.Linear(old.in_features, rank, bias=False, **kind)
-        second: nn.Module = nn.Linear(rank, old.out_features, bias=old.bias is not None, **kind)
+        first: nn.Linear | nn.Conv2d = nn.Linear(old.in_features, rank, bias=False, **kind)
+        second: nn.Linear | nn.Conv2d = nn.Linear(rank, old.out_features, bias=old.bias is not None, **kind)
     else:
         if not isinstance(old.padding, tuple) or type(old) is not nn.Conv2d:
-            raise BadInput(f"layer {layer!r} is a {type(old).__name__} with padding {old.padding!r}: only plain Conv2d with numeric padding can be factorised")
-        first = nn.Conv2d(
-            old.in_channels, rank, old.kernel_size, old.stride, old.padding, old.dilation, bias=False, padding_mode=old.padding_mode, **kind
-        )
+            raise BadInput(
+                f"layer {layer!r} is a {type(old).__name__} with padding {old.padding!r}: only plain Conv2d with numeric padding can be factorised"
+            )
+        form: dict[str, Any] = {name: getattr(old, name) for name in ("kernel_size", "stride", "padding", "dilation", "padding_mode")}
+        first = nn.Conv2d(old.in_channels, rank, bias=False, **form, **kind)
         second = nn.Conv2d(rank, old.out_channels, 1, bias=old.bias is not None, **kind)
     if fill:
         into, out = low_rank(matrix, rank)
         with torch.no_grad():
-            first.weight.copy_(into.view_as(first.weight))  # type: ignore[operator]
-            second.weight.copy_(out.view_as(second.weight))  # type: ignore[operator]
-            if old.bias is not None:
-                second.bias.copy_(old.bias)  # type: ignore[operator,union-attr]
+            first.weight.copy_(into.view_as(first.weight))
+            second.weight.copy_(out.view_as(second.weight))
+            if old.bias is not None and second.bias is not None:
+                second.bias.copy_(old.bias)
     return put_layer(module, layer, nn.Sequential(first, second).train(old.training))
 
 

@@ -130,7 +130,7 @@ def fit(
             if accelerator.scaler is not None:
                 accelerator.scaler.load_state_dict(saved["scaler"])
 
-        whole, optimiser = accelerator.prepare(_Whole(module), inner, device_placement=[False, False])
+        whole, scaling = accelerator.prepare(_Whole(module), inner, device_placement=[False, False])
         seeds = np.random.default_rng((seed, accelerator.process_index)).integers(2**63 - 1, size=(epochs, len(batches)))
         statistics = [buffer for buffer in module.buffers() if buffer.is_floating_point()]
         before = [buffer.clone() for buffer in statistics]
@@ -185,8 +185,8 @@ def fit(
                         raise stop(f"loss became {values[0]} at", history.steps + 1)
                     if clip is not None:
                         accelerator.clip_grad_norm_(trained, clip)
-                    optimiser.step()
-                    optimiser.zero_grad()
+                    (inner if accelerator.scaler is None else scaling).step()  # the wrapper around `inner` costs 0.3 ms a call
+                    inner.zero_grad()
                     _record(history, names, values)
                     bar.set_postfix_str(f"loss {values[0]:.4g}", refresh=False)
                     bar.update()

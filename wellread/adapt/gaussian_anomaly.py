@@ -16,13 +16,14 @@ from torch import Tensor, nn
 
 from wellread import runtime
 from wellread.batches import network_batches
+from wellread.charts import histogram_chart
 from wellread.data import Unlabelled, class_names, duplicates, labels, name_of, pixels, subset
 from wellread.errors import BadInput
 from wellread.features import as_map, capture, pooled, probe, running, stage_features, stages, to_device
 from wellread.inputs import ImageInput
 from wellread.method import method
 from wellread.network import Network
-from wellread.results import Heatmaps, Report, histogram_chart
+from wellread.results import Heatmaps, Report
 from wellread.structure import class_name
 
 if TYPE_CHECKING:
@@ -78,10 +79,10 @@ def ledoit_wolf(variances: Tensor, rows: int, fourth: float) -> float:
 
 
 def oas(variances: Tensor, rows: int) -> float:
-    """The same of the oracle approximating shrinkage (Chen et al. 2010, IEEE TSP 58), which needs no fourth moments."""
-    norm, mu = float(variances.square().mean()), float(variances.mean())
-    spread = (rows + 1) * (norm - mu**2 / len(variances))
-    return min((norm + mu**2) / spread, 1.0) if spread > 0 else 1.0
+    """The same of the oracle approximating shrinkage (Chen et al. 2010, arXiv 0907.4698, equation 23 without 2 / d); needs no fourth moments."""
+    norm, squared_trace = float(variances.square().sum()), float(variances.sum()) ** 2
+    spread = (rows + 1) * (norm - squared_trace / len(variances))
+    return min((norm + squared_trace) / spread, 1.0) if spread > 0 else 1.0
 
 
 def select(variances: Tensor, rows: int, components: Components, variance: float) -> slice:
@@ -100,10 +101,18 @@ def select(variances: Tensor, rows: int, components: Components, variance: float
     return slice(max(boundary - 1, 0), min(len(variances), max(rows - 1, boundary + 1)))
 
 
+def whitening(vectors: Tensor, variances: Tensor, shrinkage: float) -> Tensor:
+    """[d, k] from principal directions [d, k] and their variances [k], which are drawn towards their mean by `shrinkage`, 0 to 1."""
+    shrunk = (1 - shrinkage) * variances + shrinkage * variances.mean()
+    return vectors * torch.where(shrunk > 1e-12 * shrunk.max(), shrunk.rsqrt(), 0.0)  # nothing is known of a direction without variance
+
+
 class Gaussian(NamedTuple):
-    mean: Tensor  # [d] float64
-    whiten: Tensor  # [d, k] float64: whiten @ whiten.T is the precision in the k components that were kept
-    shrinkage: float  # the share of the identity in the covariance
+    """float64: mean [d]; whiten [d, k], whose product with its transpose is the precision in the components that were kept."""
+
+    mean: Tensor
+    whiten: Tensor
+    shrinkage: float
 
 
 def mahalanobis(z: Tensor, mean: Tensor, whiten: Tensor) -> Tensor:
@@ -148,9 +157,7 @@ def fit_gaussians(
     found = {}
     for level, each in moments.items():
         share = oas(kept[level], each.rows) if estimator == "oas" else ledoit_wolf(kept[level], each.rows, fourth[level])
-        shrunk = (1 - share) * kept[level] + share * kept[level].mean()
-        scale = torch.where(shrunk > 1e-12 * shrunk.max(), shrunk.rsqrt(), 0.0)  # without any variance nothing is known of a direction
-        found[level] = Gaussian(each.mean, basis[level] * scale, share)
+        found[level] = Gaussian(each.mean, whitening(basis[level], kept[level], share), share)
     return found
 
 
@@ -307,7 +314,7 @@ def gaussian_anomaly(
     threshold, level_scores and p_value; reports["gaussian-anomaly"] says what the threshold promises and what each level does.
     Raises `BadInput` for too few or identical normals, features that are not finite, several classes without normal_class, rates outside 0...1, and
     a network that does not read pictures or not of this size.
-    Source: arXiv 2005.14140; components after section IV of the paper, the conformal threshold is ours.
+    Source: arXiv 2005.14140; the conformal threshold is not in the paper.
     """
     for name, value in {"variance": variance, "false_alarm_rate": false_alarm_rate, "calibration": calibration}.items():
         if not 0 < value < 1:
@@ -335,8 +342,9 @@ def gaussian_anomaly(
     scorer: AnomalyScore = result.module  # type: ignore[assignment]
     with torch.no_grad():
         for level in widths:
-            for buffer, value in zip(scorer.gaussian(level), gaussians[level], strict=False):
-                buffer.copy_(value)
+            mean, whiten = scorer.gaussian(level)
+            mean.copy_(gaussians[level].mean)
+            whiten.copy_(gaussians[level].whiten)
         on = scorer.scale.device
         distances = torch.cat([scorer.distances({level: z.to(on) for level, z in batch.items()}) for batch in walk(~fitted)])
         scorer.held_out.copy_(scorer.combined(distances).sort().values)
@@ -375,7 +383,7 @@ def _levels(network: Network, levels: list[str] | None, size: int | None) -> tup
     if network.output == "anomaly_score":
         raise BadInput("this network gives anomaly scores already: give the classifier that it was made from")
     if not isinstance(network.input, ImageInput):
-        raise BadInput("a network that reads pictures is needed: give an image classifier, or say how yours is fed, Network(module, input=ImageInput(...))")
+        raise BadInput("a network that reads pictures is needed: give an image classifier, or say how it is fed, Network(module, input=ImageInput())")
     height, width = network.input.size if size is None else (size, size)
     if height < 1:
         raise BadInput(f"size is {size}: give the side of the pictures in pixels")
@@ -386,6 +394,8 @@ def _levels(network: Network, levels: list[str] | None, size: int | None) -> tup
     except (RuntimeError, AssertionError, IndexError) as failed:
         why = (str(failed).strip().splitlines() or [type(failed).__name__])[0][:120]
         raise BadInput(f"this network cannot be fed pictures of {height} x {width} ({why}): give another size") from None
+    if idle := [level for level in chosen if level not in seen]:
+        raise BadInput(f"the layer {idle[0]!r} does not run when the network does: choose other levels")
     return network, {level: pooled(seen[level], torch.empty(0), network).shape[-1] for level in chosen}
 
 
@@ -400,16 +410,16 @@ def _report(scorer: AnomalyScore, gaussians: dict[str, Gaussian], distances: np.
         row = {"level": level, "width": d, "kept": k, "shrinkage": share, "threshold": conformal_threshold(distance, rate)[0]}
         rows.append({**row, "chi-square threshold": assumed, "chi-square false alarms": float((distance > assumed).mean())})
     low, high = beta.ppf((0.025, 0.975), n + 1 - rank, rank)
-    figures = {"normals held out": n, "threshold": float(scorer.threshold), "false alarm rate asked": rate}
+    figures: dict[str, float | str | int] = {"normals held out": n, "threshold": float(scorer.threshold), "false alarm rate asked": rate}
     figures |= {"false alarm rate promised": (n + 1 - rank) / (n + 1), "false alarm rate, low": float(low), "false alarm rate, high": float(high)}
     text = (
-        "Scores above the threshold are alarms. Promised is the false alarm rate over all ways to choose the held-out normals; low and high enclose "
-        "that of this choice with 95 % confidence, as long as new normals come as these did. The chi-square threshold of a level is that of a perfect "
-        "Gaussian; beside it is the share of held-out normals that exceeds it."
+        "Scores above the threshold are alarms. Promised is the false alarm rate over all ways to choose the held-out normals; low and high "
+        "enclose that of this choice with 95 % confidence, as long as new normals come as these did. The chi-square threshold of a level is that "
+        "of a perfect Gaussian; beside it is the share of held-out normals that exceeds it."
     )
     picture = histogram_chart(scorer.held_out.cpu().numpy(), x="score", y="held-out normals")
     report = Report("Anomalies, from normals only", figures, {"levels": rows}, text, {"Scores of the held-out normals.": picture})
     if n + 1 < 1 / rate - 1e-9:
-        needed = int(np.ceil(1 / rate - 1e-9)) - 1
-        report.warnings.append(f"{n} held-out normals promise no less than {1 / (n + 1):.2g} false alarms: {needed} are needed, raise calibration or bring more")
+        few = f"{n} held-out normals promise a false alarm rate of {1 / (n + 1):.2g} at best"
+        report.warnings.append(f"{few}: {int(np.ceil(1 / rate - 1e-9)) - 1} are needed, so bring more normals or raise calibration")
     return report

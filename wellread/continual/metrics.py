@@ -10,8 +10,9 @@ from typing import Any
 
 import numpy as np
 
+from wellread.charts import line_chart
 from wellread.errors import BadInput
-from wellread.results import Report, line_chart
+from wellread.results import Report
 
 
 def task_accuracies(predicted: Sequence[str], truth: Sequence[str], tasks: Sequence[Sequence[str]]) -> list[float]:

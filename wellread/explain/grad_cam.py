@@ -8,7 +8,6 @@ deletion and insertion (Petsiuk et al. 2018, arXiv 1806.07421).
 
 from __future__ import annotations
 
-from bisect import bisect_left
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from difflib import get_close_matches
@@ -24,7 +23,7 @@ from wellread.data import Unlabelled, name_of, pixels
 from wellread.errors import BadInput
 from wellread.features import as_map, running, stages, to_device, trunk
 from wellread.inputs import ImageInput
-from wellread.localise import coarse_boxes, localisation, masks
+from wellread.maps import coarse_boxes, localisation, masks, sanity
 from wellread.method import method
 from wellread.network import Network
 from wellread.results import Heatmaps
@@ -179,70 +178,6 @@ def heat(
     return maps, torch.stack([peak for _, peak in each]).amax(0), found
 
 
-# --- does the map show the model
-
-
-def spearman(a: Array, b: Array) -> float:
-    """Rank correlation of two maps; 0 when one of them is constant."""
-    from scipy.stats import rankdata
-
-    x, y = (rankdata(values.ravel()) for values in (a, b))
-    x, y = x - x.mean(), y - y.mean()
-    size = float(np.sqrt((x @ x) * (y @ y)))
-    return float(x @ y) / size if size > 0 else 0.0
-
-
-def cascade(network: Network) -> list[tuple[str, set[str]]]:
-    """Names of tensors in groups from the output to the input: what follows the last stage ("head"), then each stage from the last on."""
-    order = trunk(network.module)
-    ends = sorted((order.index(name), name) for name in stages(network))
-    groups: list[set[str]] = [set() for _ in range(len(ends) + 1)]
-    for name in network.module.state_dict():
-        place = max((i for i, layer in enumerate(order) if f"{name}.".startswith(f"{layer}.")), default=0)  # a class token: at the input
-        groups[bisect_left(ends, (place, ""))].add(name)
-    names = [*(name for _, name in ends), "head"]
-    return [(name, group) for name, group in reversed(list(zip(names, groups, strict=True))) if group]
-
-
-def randomise(module: nn.Module, names: set[str], images: Tensor, seed: int = 0) -> None:
-    """Replace the parameters called `names`, in place, by Gaussian numbers with each tensor's mean and deviation.
-
-    Batch norm statistics among `names` are taken anew from `images` [B, C, H, W], or signals would vanish in or burst from random layers.
-    """
-    random = torch.Generator().manual_seed(seed)
-    with torch.no_grad():
-        for name, parameter in module.named_parameters():
-            if name in names:
-                noise = torch.randn(parameter.shape, generator=random).to(parameter)
-                parameter.copy_(parameter.mean() + parameter.std(correction=0) * noise)
-        norms = [
-            layer
-            for name, layer in module.named_modules()
-            if isinstance(layer, nn.modules.batchnorm._BatchNorm) and layer.running_mean is not None and f"{name}.running_mean" in names
-        ]
-        for layer in norms:
-            layer.momentum = None  # the mean over all batches: here, over one
-            layer.reset_running_stats()
-            layer.train()
-        if norms:
-            module(torch.cat([images, images.flip(-1)]))
-        for layer in norms:
-            layer.eval()
-
-
-def sanity(network: Network, images: Tensor, maps: Array, layers: Sequence[str], classes: Tensor, variant: Variant) -> dict[str, float]:
-    """{what is random, from the head back to here: mean rank correlation of the maps with `maps` [B, H, W]} (Adebayo et al. 2018, cascading)."""
-    other = network.copy()
-    found, random = {}, set[str]()
-    with running(other, images.device):
-        for seed, (name, group) in enumerate(cascade(network)):
-            random |= group
-            randomise(other.module, random, images, seed)
-            changed = heat(other, images, layers, classes, variant)[0].cpu().numpy()
-            found[name] = float(np.mean([spearman(before, after) for before, after in zip(maps, changed, strict=True)]))
-    return found
-
-
 # --- the method
 
 
@@ -306,7 +241,8 @@ def grad_cam(
         grids = [(probe.activations[name].shape[2], probe.activations[name].shape[3]) for name in layers]
         figures["layers"], figures["grid"] = ", ".join(layers), ", ".join(f"{height} x {width}" for height, width in grids)
         if sanity_check:
-            same = sanity(network, first, maps[: len(first)], layers, torch.tensor(classes[: len(first)], device=device), variant)
+            numbers, chosen = torch.tensor(classes[: len(first)], device=device), layers
+            same = sanity(network, first, maps[: len(first)], lambda other: heat(other, first, chosen, numbers, variant)[0].cpu().numpy())
             figures |= {f"similarity with random weights down to {name}": value for name, value in same.items()}
             if (last := list(same.values())[-1]) > 0.7:
                 warnings.append(f"with all weights random the maps are still similar (Spearman {last:.2f}): they show the image, not the model")

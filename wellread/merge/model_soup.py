@@ -19,13 +19,14 @@ from torch.nn import functional as F
 
 from wellread import runtime
 from wellread.batches import network_batches
-from wellread.data import Labelled, Unlabelled, fingerprint, labels, name_of, subset
+from wellread.charts import bar_chart
+from wellread.data import Labelled, Unlabelled, class_names, fingerprint, labels, name_of, subset
 from wellread.errors import BadInput
 from wellread.evaluate import metrics, predict
 from wellread.features import running, to_device
 from wellread.method import known_classes, method
 from wellread.network import Network, Networks
-from wellread.results import Report, bar_chart
+from wellread.results import Report
 from wellread.train import fit
 
 NORM_ROWS = 1024  # enough for means and variances over images and places
@@ -292,7 +293,7 @@ def learned(
 
     fit(mixture, batches, step, epochs=epochs, learning_rate=learning_rate, schedule="constant", seed=seed, name="mixing weights")
     like.module.to(home).eval()
-    return {name: share.tolist() for name, share in mixture.shares().items()}, float(mixture.temperature)
+    return {name: share.detach().tolist() for name, share in mixture.shares().items()}, mixture.temperature.item()
 
 
 # --- the method
@@ -301,8 +302,9 @@ def learned(
 class _Tasting:
     """Fills one network with averages of others and scores them, each once. The scores lie in the run's folder, so that a killed run goes on."""
 
-    def __init__(self, networks: Networks, soup: Network, norm: Dataset | None, key: str) -> None:
-        self.networks, self.soup, self.norm, self.key = networks, soup, norm, key
+    def __init__(self, networks: Networks, soup: Network, validation: Dataset, rows: np.ndarray, norm: Dataset | None, metric: str, key: str) -> None:
+        self.networks, self.soup, self.validation, self.norm, self.metric, self.key = networks, soup, validation, norm, metric, key
+        self.rows, self.sample = rows, subset(validation, rows)
         self.scores: dict[str, float] = {}
         self.logits: Any = 0.0  # of the single networks, summed
         folder = runtime.current().folder
@@ -317,20 +319,38 @@ class _Tasting:
         if self.norm is not None and len(members) > 1:
             reestimate_norm(self.soup, self.norm)
 
-    def score(self, members: Sequence[int], data: Dataset, metric: str, ensemble: bool = False) -> float:
-        name = f"{metric} of {list(members)} on {len(data)}{' for the ensemble' if ensemble else ''}"
-        if name not in self.scores:
-            self.fill(members)
-            with runtime.using(progress=False):  # the caller's bar counts the averages
-                logits = predict(self.soup, data)
-            self.scores[name] = _figure(logits, data, metric)
-            self.logits = self.logits + logits if ensemble else self.logits
-            if self.file:
-                self.file.parent.mkdir(parents=True, exist_ok=True)
-                partial = self.file.with_suffix(f".{os.getpid()}.npz")
-                np.savez(partial, key=self.key, scores=json.dumps(self.scores), logits=self.logits)
-                os.replace(partial, self.file)
-        return self.scores[name]
+    def score(self, members: Sequence[int]) -> float:
+        """The metric on the validation data."""
+        if str(members) not in self.scores:
+            logits = self._predict(members, self.validation)
+            self.scores[str(members)] = _figure(logits, self.validation, self.metric)
+            if len(members) == 1:
+                self.logits = self.logits + logits
+                self.scores[f"sample {members}"] = _figure(logits[self.rows], self.sample, "accuracy")
+            self._keep()
+        return self.scores[str(members)]
+
+    def accuracy(self, members: Sequence[int]) -> float:
+        """On a sample of the validation data; of a single network after its score."""
+        if f"sample {members}" not in self.scores:
+            self.scores[f"sample {members}"] = _figure(self._predict(members, self.sample), self.sample, "accuracy")
+            self._keep()
+        return self.scores[f"sample {members}"]
+
+    def _predict(self, members: Sequence[int], data: Dataset) -> np.ndarray:
+        self.fill(members)
+        with runtime.using(progress=False):  # the caller's bar counts the averages
+            logits = predict(self.soup, data)
+        if logits.shape[1] < len(class_names(data)):
+            raise BadInput(f"the networks have {logits.shape[1]} classes and validation has {len(class_names(data))}: give data of the networks' classes")
+        return logits
+
+    def _keep(self) -> None:
+        if self.file:
+            self.file.parent.mkdir(parents=True, exist_ok=True)
+            partial = self.file.with_suffix(f".{os.getpid()}.npz")
+            np.savez(partial, key=self.key, scores=json.dumps(self.scores), logits=self.logits)
+            os.replace(partial, self.file)
 
 
 def _figure(logits: np.ndarray, data: Dataset, metric: str) -> float:
@@ -377,7 +397,7 @@ def model_soup(
     Source: Wortsman et al. 2022, arXiv 2203.05482, algorithm 1 and appendix I.
     """
     several = networks if isinstance(networks, Networks) else Networks(networks)
-    names, everyone = [several.name(i) for i in range(len(several))], range(len(several))
+    names, everyone = [several.name(i) for i in range(len(several))], list(range(len(several)))
     soup = _plain(several[0])
     soup.measured, soup.reports, warned = [], {}, []
     known_classes(soup, validation, "validation")
@@ -385,19 +405,25 @@ def model_soup(
     rng = np.random.default_rng(seed)
     source = validation if unlabelled is None else unlabelled
     norm = subset(source, rng.permutation(len(source))[:NORM_ROWS]) if refresh_norm and norm_layers(soup.module) else None
-    key = [seed, fingerprint(validation), norm and fingerprint(norm), *(record["fingerprint"] for record in records)]
-    tasting = _Tasting(several, soup, norm, json.dumps(key))
-    tables: dict[str, list[dict[str, Any]]] = {}
+    if norm is not None and len(norm) < 2:
+        raise BadInput("unlabelled has one row, and batch norm needs several: give more, or set refresh_norm to no")
+    rows = np.sort(rng.permutation(len(validation))[:BARRIER_ROWS])
+    key = [seed, metric, fingerprint(validation), norm and fingerprint(norm), *(record["fingerprint"] for record in records)]
+    tasting = _Tasting(several, soup, validation, rows, norm, metric, json.dumps(key))
 
+    scores = [tasting.score([i]) for i in runtime.track(everyone, "scoring networks")]
+    figures: dict[str, Any] = {"best network": max(scores)}
+    tables = {"networks": [{"number": i + 1, "network": names[i], metric: scores[i]} for i in everyone]}
     if len(several) == 1:
         warned.append("a single network was given and comes back as it is: give several fine-tunings of one network")
     elif barriers:
-        sample = subset(validation, rng.permutation(len(validation))[:BARRIER_ROWS])
-        accuracies = midpoints(len(several), lambda members: tasting.score(members, sample, "accuracy"))
-        rows = [{"network": name} | dict(zip(names, row, strict=True)) for name, row in zip(names, accuracies.tolist(), strict=True)]
-        tables["accuracy halfway between two networks"] = rows
+        accuracies = midpoints(len(several), tasting.accuracy)
+        numbers = [str(i + 1) for i in everyone]
+        tables["accuracy halfway between two networks"] = [
+            {"number": number} | dict(zip(numbers, row, strict=True)) for number, row in zip(numbers, accuracies.tolist(), strict=True)
+        ]
         upper = np.triu_indices(len(several), 1)
-        broken = collapsed(accuracies, chance=np.bincount(labels(sample)).max() / len(sample))[upper]
+        broken = collapsed(accuracies, chance=np.bincount(labels(tasting.sample)).max() / len(rows))[upper]
         if broken.any():
             a, b = min(np.transpose(upper)[broken], key=lambda pair: accuracies[tuple(pair)])
             sentence = (
@@ -407,21 +433,19 @@ def model_soup(
             if recipe == "uniform" or broken[np.isfinite(accuracies[upper])].all():
                 raise BadInput(sentence)
             warned.append(sentence)
-
-    scores = [tasting.score([i], validation, metric, ensemble=True) for i in runtime.track(everyone, "scoring networks")]
-    figures: dict[str, Any] = {"best network": max(scores)}
-    rows = [{"network": names[i], metric: scores[i]} for i in everyone]
-    members, shares = list(everyone), None
     if len(several) > 1:
-        figures |= {"uniform soup": tasting.score(everyone, validation, metric)}
+        figures |= {"uniform soup": tasting.score(everyone)}
         figures |= {f"ensemble of {len(several)}": _figure(tasting.logits / len(several), validation, metric)}
+
+    members, shares = everyone, None
     if recipe == "greedy":
-        members, steps = greedy(scores, lambda members: tasting.score(members, validation, metric), tie)
-        rows = [rows[i] | {"soup with it": score, "kept": "yes" if kept else "no"} for i, score, kept in steps]
+        members, steps = greedy(scores, tasting.score, tie)
+        tables["networks"] = [tables["networks"][i] | {"soup with it": score, "kept": "yes" if kept else "no"} for i, score, kept in steps]
     elif recipe == "learned":
         settings: dict[str, Any] = {"per_tensor": per_tensor, "epochs": epochs, "learning_rate": learning_rate, "seed": seed}
         shares, figures["temperature"] = learned(several, soup, validation, batch_statistics=norm is not None, **settings)
-        rows = [row | {"mean weight": float(np.mean([share[i] for share in shares.values()]))} for i, row in enumerate(rows)]
+        for i, row in enumerate(tables["networks"]):
+            row["mean weight"] = float(np.mean([share[i] for share in shares.values()]))
     if norm is not None and len(members) > 1:
         fill(soup.module, several, members, shares)
         figures["soup with averaged statistics"] = _figure(predict(soup, validation), validation, metric)
@@ -438,7 +462,7 @@ def model_soup(
     soup.reports["soup"] = Report(
         f"{recipe} soup of {len(several)} networks",
         figures,
-        tables={"networks, in the order tried" if recipe == "greedy" else "networks": rows} | tables,
+        tables=tables,
         text=text + ties,
         pictures={"scores": bar_chart(bars, x=f"{what}, on {name_of(validation)}", from_zero=False)},
         warnings=warned,

@@ -1,24 +1,28 @@
-"""How well a map of evidence finds a thing, and how much the network cares about what the map marks.
+"""What a map of evidence is worth: does it find the thing, does the network care about what it marks, does it change with the network.
 
 Maps are float [H, W] of non-negative values, masks bool [H, W]. Pointing game: Zhang et al. 2016, arXiv 1608.00507. Deletion and insertion:
-Petsiuk et al. 2018, arXiv 1806.07421.
+Petsiuk et al. 2018, arXiv 1806.07421. Sanity check: Adebayo et al. 2018, arXiv 1810.03292.
 """
 
 from __future__ import annotations
 
 import math
+from bisect import bisect_left
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from wellread.data import pixels
+from wellread.features import running, stages, trunk
 from wellread.inputs import ImageInput
 
 if TYPE_CHECKING:
     from datasets import Dataset
+
+    from wellread.network import Network
 
 Array = np.ndarray[Any, np.dtype[Any]]
 
@@ -140,3 +144,67 @@ def deletion_insertion(
         curves = [score(torch.where(gone, new, old)).double() for old, new in ((image, blurred), (blurred, image))]
     deletion, insertion = (float(torch.trapezoid(curve, dx=1 / steps)) for curve in curves)
     return deletion, insertion
+
+
+def spearman(a: Array, b: Array) -> float:
+    """Rank correlation of two maps; 0 when one of them is constant."""
+    from scipy.stats import rankdata
+
+    x, y = (rankdata(values.ravel()) for values in (a, b))
+    x, y = x - x.mean(), y - y.mean()
+    size = float(np.sqrt((x @ x) * (y @ y)))
+    return float(x @ y) / size if size > 0 else 0.0
+
+
+def cascade(network: Network) -> list[tuple[str, set[str]]]:
+    """Names of tensors in groups from the output to the input: what follows the last stage ("head"), then each stage from the last on."""
+    order = trunk(network.module)
+    ends = sorted((order.index(name), name) for name in stages(network))
+    groups: list[set[str]] = [set() for _ in range(len(ends) + 1)]
+    for name in network.module.state_dict():
+        place = max((i for i, layer in enumerate(order) if f"{name}.".startswith(f"{layer}.")), default=0)  # a class token: at the input
+        groups[bisect_left(ends, (place, ""))].add(name)
+    names = [*(name for _, name in ends), "head"]
+    return [(name, group) for name, group in reversed(list(zip(names, groups, strict=True))) if group]
+
+
+def randomise(module: nn.Module, names: set[str], images: Tensor, seed: int = 0) -> None:
+    """Replace the parameters called `names`, in place, by Gaussian numbers with each tensor's mean and deviation.
+
+    Batch norm statistics among `names` are taken anew from `images` [B, C, H, W], or signals would vanish in or burst from random layers.
+    """
+    random = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for name, parameter in module.named_parameters():
+            if name in names:
+                noise = torch.randn(parameter.shape, generator=random).to(parameter)
+                parameter.copy_(parameter.mean() + parameter.std(correction=0) * noise)
+        norms = [
+            layer
+            for name, layer in module.named_modules()
+            if isinstance(layer, nn.modules.batchnorm._BatchNorm) and layer.running_mean is not None and f"{name}.running_mean" in names
+        ]
+        for layer in norms:
+            layer.momentum = None  # the mean over all batches: here, over one
+            layer.reset_running_stats()
+            layer.train()
+        if norms:
+            module(torch.cat([images, images.flip(-1)]))
+        for layer in norms:
+            layer.eval()
+
+
+def sanity(network: Network, images: Tensor, maps: Array, draw: Callable[[Network], Array]) -> dict[str, float]:
+    """{what is random, from the head back to here: mean rank correlation with `maps`} (Adebayo et al. 2018, cascading randomisation).
+
+    maps: [B, H, W], what `draw` makes of `images` [B, C, H, W] and the network; `draw` is called with copies whose weights are more and more
+    random. A map that stays as it was shows the images, not the network.
+    """
+    other = network.copy()
+    found, random = {}, set[str]()
+    with running(other, images.device):
+        for seed, (name, group) in enumerate(cascade(network)):
+            random |= group
+            randomise(other.module, random, images, seed)
+            found[name] = float(np.mean([spearman(before, after) for before, after in zip(maps, draw(other), strict=True)]))
+    return found
