@@ -9,7 +9,7 @@ task after the other (naive), or all data at once (joint, the upper bound). Each
 from __future__ import annotations
 
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 import numpy as np
 import torch
@@ -20,7 +20,7 @@ from bench.harness import Expect, record
 from wellread import load, load_data
 from wellread.batches import tensor_batches
 from wellread.continual.metrics import continual_report, task_accuracies
-from wellread.continual.nearest_mean_classifier import NearestMeanHead, Rule, encoder, nearest_mean_classifier, unit_length
+from wellread.continual.nearest_mean_classifier import NearestMeanHead, Rule, encoder, means_of, nearest_mean_classifier, unit_length
 from wellread.data import class_names, duplicates, joined, labels, subset
 from wellread.evaluate import predict
 from wellread.features import embed
@@ -34,16 +34,16 @@ RULES: dict[str, Rule] = {"nmc": "euclidean", "cosine": "cosine", "lda": "lda", 
 EPOCHS = 20
 
 EXPECTS = [
-    Expect("CIFAR-10: class means are right at least 3 times as often as a linear head trained task by task", "cifar10_nmc_last / cifar10_naive_last", 3.0),
-    Expect("CIFAR-10: class means come within 10 points of a linear head that sees all data at once", "cifar10_joint_last - cifar10_nmc_last", 0.10, False),
-    Expect("CIFAR-10: no prediction depends on the order of the classes (predictions that differ from those of the first order)", "cifar10_changed", 0, False),
-    Expect("CIFAR-10: means are the same to 1e-10 in any order, and one example at a time", "max(cifar10_mean_difference)", 1e-10, False),
+    Expect("CIFAR-10: class means are right 3 times as often as a linear head trained task by task", "cifar10_nmc_last / cifar10_naive_last", 3.0),
+    Expect("CIFAR-10: class means are within 10 points of a linear head that sees all data", "cifar10_joint_last - cifar10_nmc_last", 0.10, False),
     Expect("CIFAR-10: lda is at least 4 points above class means", "cifar10_lda_last - cifar10_nmc_last", 0.04),
     Expect("CIFAR-10: ridge is at least 4 points above class means", "cifar10_ridge_last - cifar10_nmc_last", 0.04),
-    Expect("CIFAR-10: the method's network predicts what its head does on cached features (predictions that differ)", "cifar10_network_differs", 0, False),
-    Expect("Banking77: class means are right at least 3 times as often as a linear head trained task by task", "banking77_nmc_last / banking77_naive_last", 3.0),
-    Expect("Banking77: class means come within 10 points of a linear head that sees all data at once", "banking77_joint_last - banking77_nmc_last", 0.10, False),
-    Expect("Banking77: no prediction depends on the order of the classes", "banking77_changed", 0, False),
+    Expect("CIFAR-10: predictions that depend on the order of the classes", "max(cifar10_changed)", 0, False),
+    Expect("CIFAR-10: largest difference of means between orders, or one example at a time", "max(cifar10_mean_difference)", 1e-10, False),
+    Expect("CIFAR-10: predictions in which the method's network and its head on cached features differ", "cifar10_network_differs", 0, False),
+    Expect("Banking77: class means are right 3 times as often as a linear head trained task by task", "banking77_nmc_last / banking77_naive_last", 3.0),
+    Expect("Banking77: class means are within 10 points of a linear head that sees all data", "banking77_joint_last - banking77_nmc_last", 0.10, False),
+    Expect("Banking77: predictions that depend on the order of the classes", "max(banking77_changed)", 0, False),
 ]
 
 
@@ -76,49 +76,45 @@ class Stream:
         seen = np.isin(self.test_y, np.concatenate(tasks))
         return task_accuracies(guesses[seen].tolist(), self.test_y[seen].tolist(), tasks)
 
-    def report(self, accuracy: list[list[float]], tasks: list[list[int]], **more: int) -> Report:
-        return continual_report(accuracy, [int(np.isin(self.test_y, task).sum()) for task in tasks], **more)
+    def report(self, accuracy: list[list[float]], tasks: list[list[int]]) -> Report:
+        return continual_report(accuracy, [int(np.isin(self.test_y, task).sum()) for task in tasks])
 
 
 def means_in_turn(stream: Stream, tasks: list[list[int]], rule: Rule) -> tuple[NearestMeanHead, np.ndarray, Report]:
     """Class means with tasks arriving: the head at the end, its predictions, and how it went."""
-    width, seen, accuracy = stream.x.shape[1], [], []
-    head = NearestMeanHead(width, 0, rule)
+    seen: list[int] = []
+    accuracy = []
+    head = NearestMeanHead(stream.x.shape[1], 0, rule)
     for number, task in enumerate(tasks):
-        before, head, seen = head, NearestMeanHead(width, len(seen) + len(task), rule), [*seen, *task]
-        head.take(before, range(len(seen) - len(task)), range(len(seen) - len(task)))
+        before, old, seen = head, len(seen), [*seen, *task]
+        head = NearestMeanHead(before.in_features, len(seen), rule)
+        head.take(before, range(old), range(old))
         x, y = stream.of(task)
-        head.add(x, y + len(seen) - len(task))
+        head.add(x, y + old)
         head.solve()
         guesses = np.array(seen)[head(stream.test_x).argmax(1).numpy()]
         accuracy.append(stream.judged(guesses, tasks[: number + 1]))
-    return head, guesses, stream.report(accuracy, tasks, stored=head.stored)
+    return head, guesses, stream.report(accuracy, tasks)
 
 
-def linear_in_turn(stream: Stream, tasks: list[list[int]], shown: list[list[int]], seed: int) -> Report:
-    """One linear head trained on each list of classes in `shown` in turn, with the cross entropy over the classes seen so far, and nothing else."""
+def linear_in_turn(stream: Stream, shown: list[list[int]], seed: int) -> Iterator[np.ndarray]:
+    """One linear head trained on each list of classes in turn, with the cross entropy over the classes seen so far: its predictions after each."""
     torch.manual_seed(seed)
-    order = [c for task in tasks for c in task]
-    scale = stream.x.shape[1] ** 0.5  # unit features have entries far below one, at which weights would need long to grow
+    seen: list[int] = []
+    scale = stream.x.shape[1] ** 0.5  # the entries of unit features are far below one: weights would need long to grow
     test = (unit_length(stream.test_x) * scale).float()
-    head, seen, accuracy = nn.Linear(test.shape[1], len(order)), 0, []
+    head = nn.Linear(test.shape[1], len(stream.names))
     for classes in shown:
-        seen += len(classes)
+        seen = [*seen, *classes]
         x, y = stream.of(classes)
-        batches = tensor_batches(
-            {"inputs": (unit_length(x) * scale).float(), "label": y + seen - len(classes)}, batch_size=32, shuffle=True, seed=seed
-        )
+        columns = {"inputs": (unit_length(x) * scale).float(), "label": y + len(seen) - len(classes)}
 
-        def step(module: nn.Module, batch: dict[str, Tensor], seen: int = seen) -> Tensor:
-            return nn.functional.cross_entropy(module(batch["inputs"])[:, :seen], batch["label"])
+        def step(module: nn.Module, batch: dict[str, Tensor], outputs: int = len(seen)) -> Tensor:
+            return nn.functional.cross_entropy(module(batch["inputs"])[:, :outputs], batch["label"])
 
-        fit(head, batches, step, epochs=EPOCHS, learning_rate=1e-3, seed=seed)
+        fit(head, tensor_batches(columns, batch_size=32, shuffle=True, seed=seed), step, epochs=EPOCHS, learning_rate=1e-3, seed=seed)
         with torch.no_grad():
-            guesses = np.array(order)[head(test)[:, :seen].argmax(1).numpy()]
-        accuracy.append(stream.judged(guesses, tasks[: -(-seen // stream.step)]))
-    if len(shown) < len(tasks):  # joint: only the end can be judged
-        return Report("joint", {"last accuracy": float(np.mean(guesses == stream.test_y))})
-    return stream.report(accuracy, tasks)
+            yield np.array(seen)[head(test)[:, : len(seen)].argmax(1).numpy()]
 
 
 def measure(name: str, network: Network, stream: Stream) -> tuple[dict[str, list[float]], dict[str, list[float]]]:
@@ -130,7 +126,7 @@ def measure(name: str, network: Network, stream: Stream) -> tuple[dict[str, list
             if key in report.figures:
                 into.setdefault(f"{name}_{what}_{word}", []).append(float(report.figures[key]))
 
-    first: dict[str, np.ndarray] = {}
+    first: np.ndarray | None = None
     one_by_one = NearestMeanHead(stream.x.shape[1], len(stream.names))
     for row in torch.randperm(len(stream.y), generator=torch.Generator().manual_seed(0)).tolist():
         one_by_one.add(stream.x[row : row + 1], stream.y[row : row + 1])
@@ -144,12 +140,12 @@ def measure(name: str, network: Network, stream: Stream) -> tuple[dict[str, list
             if what == "nmc":
                 difference = (head.sums / head.counts[:, None] - reference[order]).abs().max()
                 figures.setdefault(f"{name}_mean_difference", []).append(float(difference))
-                figures.setdefault(f"{name}_changed", []).append(float((guesses != first.setdefault(what, guesses)).sum()))
-                if seed == SEEDS[0]:
-                    report.show()
-                    stored = float(head.stored)
-        note(baselines, "naive", linear_in_turn(stream, tasks, tasks, seed))
-        note(baselines, "joint", linear_in_turn(stream, tasks, [order], seed))
+                first = guesses if first is None else first
+                figures.setdefault(f"{name}_changed", []).append(float((guesses != first).sum()))
+        naive = [stream.judged(guesses, tasks[: number + 1]) for number, guesses in enumerate(linear_in_turn(stream, tasks, seed))]
+        note(baselines, "naive", stream.report(naive, tasks))
+        joint = next(linear_in_turn(stream, [order], seed))
+        baselines.setdefault(f"{name}_joint_last", []).append(float((joint == stream.test_y).mean()))
         print(name, "seed", seed, {key: round(values[-1], 4) for key, values in {**figures, **baselines}.items()}, flush=True)
 
     made = network
@@ -157,7 +153,8 @@ def measure(name: str, network: Network, stream: Stream) -> tuple[dict[str, list
         made = nearest_mean_classifier(made, joined([stream.train[c] for c in task]))
     assert made.labels is not None
     guessed = np.array([stream.names.index(label) for label in made.labels])[predict(made, stream.test).argmax(1)]
-    figures |= {f"{name}_network_differs": [float((guessed != first["nmc"]).sum())], f"{name}_bytes_stored": [stored]}
+    head = means_of(made) or head
+    figures |= {f"{name}_network_differs": [float((guessed != first).sum())], f"{name}_bytes_stored": [float(head.stored)]}
     return figures, baselines
 
 

@@ -323,6 +323,8 @@ def bad_arguments(card: catalog.Card, good: dict[str, Any], tools: Tools) -> lis
                     ("a label out of range", outside.cast_column("label", table.features["label"])),
                     ("no labels", table.remove_columns("label")),
                 ):
+                    if what == "one class" and parameter.needs.min_classes < 2:
+                        continue
                     file = tools.folder / f"{name}-{what.replace(' ', '-')}.parquet"
                     bad.to_parquet(str(file))
                     add(what, name, bad, f"parquet:{file}")

@@ -70,7 +70,17 @@ def every_kind() -> dict[str, Any]:
     images = random.integers(0, 256, (3, 20, 30, 3), dtype=np.uint8)
     points = [{"ms": 3.5, "accuracy": 0.9, "edits": [{"rank": 4}], "$array": "x"}, {"ms": 1, "accuracy": 0.7}, {"ms": 4, "accuracy": 0.8}]
     return {
-        "scores": Scores(scores, "el2n", "high is hard", [f"{EVIL} \udcff é {i}" for i in range(150)], columns, step),
+        "scores": Scores(
+            scores,
+            "el2n",
+            "high is hard",
+            [f"{EVIL} \udcff é {i}" for i in range(150)],
+            columns,
+            step,
+            {"agreement": 0.9, EVIL: math.nan},
+            {EVIL: [{EVIL: EVIL, "kept": 0.5}, {"kept": None}]},
+            [EVIL],
+        ),
         "ranking": Ranking([EVIL, "b", "c"], np.array([0.1, 0.3, 0.2]), "loss", higher_is_better=False, made_by=step),
         "front": Front(points, "ms", "accuracy"),
         "heatmaps": Heatmaps(maps, images, [EVIL, "b", "c"], np.array([2.0, 0.0, -1.0]), None, step),

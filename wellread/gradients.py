@@ -135,11 +135,16 @@ def _convolution(_: Any, given: dict[str, Any], d: Tensor, names: list[str]) -> 
     d = d.flatten(2)
     total = d.sum(2).square().sum(1) if "bias" in names else torch.zeros(len(d), device=d.device)
     if "weight" in names:
-        settings = {name: given.get(name, default) for name, default in (("dilation", 1), ("padding", 0), ("stride", 1))}
+        pairs = [given.get(name, default) for name, default in (("stride", 1), ("padding", 0), ("dilation", 1))]
+        stride, padding, dilation = ((each, each) if isinstance(each, int) else each for each in pairs)
+        x = F.pad(x, (padding[1], padding[1], padding[0], padding[0]))
         inside = x.shape[1] * weight[0, 0].numel() * d.shape[2]
         for part in torch.arange(len(d)).split(max(1, ELEMENTS // max(inside, weight.numel()))):
-            a = F.unfold(x[part], weight.shape[2:], **settings).unflatten(1, (groups, -1))
-            total[part] += _product(a, d[part].unflatten(1, (groups, -1)))
+            a = x[part]
+            for axis in (0, 1):  # [B, channels, h, w, kernel, kernel]; a copy of such windows is faster than F.unfold
+                a = a.unfold(2 + axis, dilation[axis] * (weight.shape[2 + axis] - 1) + 1, stride[axis])[..., :: dilation[axis]]
+            a = a.permute(0, 1, 4, 5, 2, 3).flatten(4).flatten(1, 3)
+            total[part] += _product(a.unflatten(1, (groups, -1)), d[part].unflatten(1, (groups, -1)))
     return total
 
 

@@ -44,6 +44,7 @@ class Scores:
     values: float [N], in the order of the data; infinities are allowed, NaN is not.
     what: the name of the score ("el2n"); meaning: one sentence that says what a high value means.
     items: a name for each example; columns: more about each example, lists of length N (missing values: None or NaN).
+    figures: named numbers or words about all of them; tables: named lists of rows; warnings: one sentence each, shown first.
     """
 
     values: Array
@@ -52,6 +53,9 @@ class Scores:
     items: list[str] | None = field(default=None, repr=False)
     columns: dict[str, list[Any]] = field(default_factory=dict, repr=False)
     made_by: dict[str, Any] | None = field(default=None, repr=False)
+    figures: dict[str, float | str | int] = field(default_factory=dict, repr=False)
+    tables: dict[str, list[dict[str, Any]]] = field(default_factory=dict, repr=False)
+    warnings: list[str] = field(default_factory=list)
 
     def __post_init__(self) -> None:
         self.values = _numbers(self.values, "values", infinite=True)
@@ -59,6 +63,8 @@ class Scores:
         self.columns = {str(name): plain(_listed(column), f"columns[{name!r}]") for name, column in self.columns.items()}
         for name, column in self.columns.items():
             _same_length(column, len(self.values), f"columns[{name!r}]")
+        findings = self._findings()
+        self.figures, self.tables, self.warnings = findings.figures, findings.tables, findings.warnings
 
     def __len__(self) -> int:
         return len(self.values)
@@ -122,13 +128,16 @@ class Scores:
         return _save(self, folder, force)
 
     def show(self) -> None:
-        """Print the spread and the five highest and lowest."""
+        """Print the findings, the spread, the five highest and the three lowest."""
         print_parts(
             f"{self.what}, {number(len(self))} examples",
             self.meaning,
+            *(f"warning: {warning}" for warning in self.warnings),
             ("", [self._spread()]),
+            ("", [{"figure": name, "value": value} for name, value in self.figures.items()]),
+            *((name, rows[:12]) for name, rows in self.tables.items()),
             ("highest", self._rows(self.highest(5))),
-            ("lowest", self._rows(self.lowest(5))),
+            ("lowest", self._rows(self.lowest(3))),
         )
 
     def html(self) -> str:
@@ -138,6 +147,7 @@ class Scores:
         return page(
             self.what,
             [
+                *self._findings().sections(),
                 ("Spread", drawn + table_html([self._spread()])),
                 ("Highest", table_html(self._rows(self.highest(20)))),
                 ("Lowest", table_html(self._rows(self.lowest(20)))),
@@ -149,6 +159,9 @@ class Scores:
     def to_dict(self) -> dict[str, Any]:
         """Everything as JSON values, values as a list; what is not a number becomes None."""
         return _to_dict(self)
+
+    def _findings(self) -> Report:
+        return Report("", self.figures, self.tables, warnings=self.warnings)
 
     def _spread(self) -> dict[str, Any]:
         finite = self.values[np.isfinite(self.values)]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import subprocess
 import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -67,6 +68,17 @@ def vectors(rows: int = 120, width: int = 12, classes: int = 4, seed: int = 0) -
     y = torch.arange(rows) % classes
     centres = torch.randn(classes, width, generator=torch.Generator().manual_seed(99))
     return (centres[y] + 1.5 * torch.randn(rows, width, generator=generator)) * (0.1 + 5 * torch.rand(rows, 1, generator=generator)), y
+
+
+def example(folder: Path) -> dict[str, str]:
+    """Arguments that can be typed, for the conformance test: `new` may be left out, so it cannot be made up from the signature."""
+    network = wellread.load("timm/test_resnet", pretrained=False)
+    network.edited(input=network.input.changed(size=(32, 32))).save(folder / "network", force=True)
+    for number, row in enumerate(pictures([0, 1])):
+        place = folder / "photos" / NAMES[row["label"]]
+        place.mkdir(parents=True, exist_ok=True)
+        row["image"].save(place / f"{number}.png")
+    return {"network": str(folder / "network"), "new": f"folder:{folder / 'photos'}"}
 
 
 def fitted(features: torch.Tensor, y: torch.Tensor, rule: str = "euclidean", penalty: float = 1.0, classes: int = 4) -> NearestMeanHead:

@@ -5,7 +5,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Hashable, Sequence
 from typing import Any
 
 import numpy as np
@@ -15,13 +15,13 @@ from wellread.errors import BadInput
 from wellread.results import Report
 
 
-def task_accuracies(predicted: Sequence[str], truth: Sequence[str], tasks: Sequence[Sequence[str]]) -> list[float]:
+def task_accuracies(predicted: Sequence[Hashable], truth: Sequence[Hashable], tasks: Sequence[Sequence[Hashable]]) -> list[float]:
     """Fraction predicted right among the examples of each task, a task being the names of its classes; all names compete (a single head)."""
     task_of = {name: number for number, names in enumerate(tasks) for name in names}
     where = np.array([task_of.get(name, -1) for name in truth])
     right = np.asarray(predicted) == np.asarray(truth)
     if missing := [number for number in range(len(tasks)) if not (where == number).any()]:
-        raise BadInput(f"there are no test examples of task {missing[0] + 1} ({', '.join(tasks[missing[0]])})")
+        raise BadInput(f"there are no test examples of task {missing[0] + 1} ({', '.join(map(str, tasks[missing[0]]))})")
     return [float(right[where == number].mean()) for number in range(len(tasks))]
 
 

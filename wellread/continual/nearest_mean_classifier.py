@@ -209,9 +209,9 @@ def nearest_mean_classifier(
 ) -> Network:
     """A classifier from a frozen network and examples that arrive in pieces, without training, without keeping them, without forgetting.
 
-    Each class is the mean of the unit-length features [d] of its examples, and an image or text is given the class whose mean is nearest (section
-    3 of the paper). Called again on its own result it counts the new examples in and appends the classes that it did not know; the result is the
-    same in whatever order examples and classes came. Logits [B, C] are minus half the squared distance (see `linear_form`).
+    Each class is the mean of the unit-length features [d] of its examples, and an image or text is given the class whose mean is nearest.
+    Called again on its own result it counts the new examples in and appends the classes that it did not know; the result is the same in
+    whatever order examples and classes came. Logits [B, C] are minus half the squared distance (see `linear_form`).
 
     network: any network that ends in a head on one vector for each example (its head is replaced), or what this method returned before.
     new: examples that have arrived, of known classes, new ones, or both; one class is enough. Left out when there is only something to forget.
@@ -219,7 +219,8 @@ def nearest_mean_classifier(
         better. None keeps the network's rule, and begins with euclidean.
     penalty: for lda, what is added to the covariance, in units of its mean eigenvalue (1.0 is a shrinkage of one half); for ridge, what is
         added to the diagonal of the sum of f f^T. None keeps the network's penalty, and begins with 1.0.
-    forget: names of classes to take out before `new` is counted in; nothing of them is left. Not for lda and ridge, whose moments are shared.
+    forget: names of classes to take out before `new` is counted in; nothing of their examples is left in the weights. Not for lda and ridge,
+        whose moments are shared by all classes.
 
     Raises `BadInput` for features that are zero, a network that changed since its means were made, a rule for which too little was kept, an
     unknown name in `forget`, and a network whose head is not the last layer.

@@ -1,9 +1,8 @@
 """Grad-CAM: where in a picture lies the evidence for a class, and may that map be trusted.
 
 Used on photographs of damaged buildings by Bahrami and Albadvi (2023, arXiv 2302.14354). The maps: Grad-CAM (Selvaraju et al. 2017, arXiv
-1610.02391), Grad-CAM++ (Chattopadhyay et al. 2018, arXiv 1710.11063), Layer-CAM (Jiang et al. 2021), Eigen-CAM (Muhammad and Yeasin 2020,
-arXiv 2008.00299). The doubts: sanity check (Adebayo et al. 2018, arXiv 1810.03292), pointing game (Zhang et al. 2016, arXiv 1608.00507),
-deletion and insertion (Petsiuk et al. 2018, arXiv 1806.07421).
+1610.02391), Grad-CAM++ (Chattopadhyay et al. 2018, arXiv 1710.11063), Layer-CAM (Jiang et al. 2021, doi 10.1109/TIP.2021.3089943), Eigen-CAM
+(Muhammad and Yeasin 2020, arXiv 2008.00299). What a map is worth is measured in wellread.maps.
 """
 
 from __future__ import annotations
@@ -199,7 +198,7 @@ def grad_cam(
     target: name or number of the class to look for; by default each picture's predicted class.
     variant: how channels are weighted. layer-cam stays sharp on earlier layers, eigen-cam ignores the class and shows what stands out.
     layers: dotted names of the layers to look at; several are fused as the mean of their normalised maps. By default the last layer whose
-        output is a map that the class depends on; the last of wellread.features.stages(network) and the one before give a finer map.
+        output is a map that the class depends on; with layer-cam, an earlier stage named beside it makes the map finer.
     sanity_check: make the weights random, from the head back to the input, and see whether the maps change as they should.
     batch_size: pictures at a time; the maps do not depend on it.
 
@@ -292,9 +291,7 @@ def _class_number(network: Network, target: str | None, image: Tensor) -> int | 
 
 
 def _class_name(network: Network, number: int) -> str:
-    if network.output == "anomaly_score":
-        return "anomaly"
-    names = network.labels or ()
+    names = network.labels or (("normal", "anomalous") if network.output == "anomaly_score" else ())
     if len(names) == 1:  # one logit, one name: that of class 1
         return names[0] if number else f"not {names[0]}"
     return names[number] if number < len(names) else str(number)

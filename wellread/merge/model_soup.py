@@ -169,13 +169,14 @@ def midpoints(count: int, accuracy: Callable[[list[int]], float]) -> np.ndarray:
 
 
 def collapsed(accuracies: np.ndarray, chance: float) -> np.ndarray:
-    """bool [k, k]: the midpoint lost more than ten points and more than half of what the worse of the two has above chance.
+    """bool [k, k]: of what the worse of two has above chance, their midpoint lost more than ten points and more than half. Accuracies 0...1.
 
     Fine-tunings of one network lie in one basin and lose next to nothing; networks from different random starts, or with heads of different
     random starts, lose nearly everything.
     """
     lower = np.minimum.outer(accuracies.diagonal(), accuracies.diagonal())
-    return (accuracies < lower - 0.1) & (accuracies < chance + (lower - chance) / 2)
+    lost = lower - np.maximum(accuracies, chance)
+    return (lost > 0.1) & (lost > (lower - chance) / 2)
 
 
 def norm_layers(module: nn.Module) -> list[Any]:
@@ -354,6 +355,8 @@ class _Tasting:
 
 
 def _figure(logits: np.ndarray, data: Dataset, metric: str) -> float:
+    if metric == "accuracy":
+        return float((logits.argmax(1) == labels(data)).mean())  # the other metrics take seconds for a thousand classes
     found = metrics(logits, labels(data))[metric]
     return -found if metric == "log_loss" else found
 
@@ -398,7 +401,7 @@ def model_soup(
     """
     several = networks if isinstance(networks, Networks) else Networks(networks)
     names, everyone = [several.name(i) for i in range(len(several))], list(range(len(several)))
-    soup = _plain(several[0])
+    soup = _plain(several[0]) if isinstance(several.given[0], Network) else several[0]  # one that is just loaded needs no copy
     soup.measured, soup.reports, warned = [], {}, []
     known_classes(soup, validation, "validation")
     records = same_structure(several, soup.module)
@@ -451,6 +454,7 @@ def model_soup(
         figures["soup with averaged statistics"] = _figure(predict(soup, validation), validation, metric)
     tasting.fill(members, shares)
     logits = predict(soup, validation)
+    soup.module.to(memory_format=torch.contiguous_format)  # as it will be loaded: another layout rounds differently
     figures = {"soup": _figure(logits, validation, metric)} | figures | {"networks kept": len(members)}
     soup.measured = [{"data": f"{name_of(validation)} (chosen on it)", "rows": len(validation), "metrics": metrics(logits, labels(validation))}]
     for warning in warned:
