@@ -55,11 +55,11 @@ class Stream:
         self.step = classes_per_task
         leaked = {train for _, train in duplicates(data["test"], data["train"])}  # sentences that stand in both
         clean = subset(data["train"], [row for row in range(len(data["train"])) if row not in leaked])
-        self.train = [subset(clean, np.flatnonzero(labels(clean) == c)[:rows]) for c in range(len(self.names))]
+        self.train = [joined([subset(clean, np.flatnonzero(labels(clean) == c)[:rows]) for c in task]) for task in self.tasks(SEEDS[0])]
         self.test = joined([subset(data["test"], np.flatnonzero(labels(data["test"]) == c)[:test_rows]) for c in range(len(self.names))])
         trunk = encoder(network)
-        everything = joined(self.train)
-        self.x, self.y = torch.from_numpy(embed(trunk, everything)), torch.from_numpy(labels(everything))
+        self.x = torch.from_numpy(np.concatenate([embed(trunk, table) for table in self.train]))  # as the method will ask for them: computed once
+        self.y = torch.from_numpy(np.concatenate([labels(table) for table in self.train]))
         self.test_x, self.test_y = torch.from_numpy(embed(trunk, self.test)), labels(self.test)
 
     def tasks(self, seed: int) -> list[list[int]]:
@@ -149,8 +149,8 @@ def measure(name: str, network: Network, stream: Stream) -> tuple[dict[str, list
         print(name, "seed", seed, {key: round(values[-1], 4) for key, values in {**figures, **baselines}.items()}, flush=True)
 
     made = network
-    for task in stream.tasks(SEEDS[0]):
-        made = nearest_mean_classifier(made, joined([stream.train[c] for c in task]))
+    for table in stream.train:
+        made = nearest_mean_classifier(made, table)
     assert made.labels is not None
     guessed = np.array([stream.names.index(label) for label in made.labels])[predict(made, stream.test).argmax(1)]
     head = means_of(made) or head

@@ -534,22 +534,19 @@ PROCESSES = """
 
 
 def several(finished: bool = False) -> list[tuple[dict[str, Tensor], list[float], list[float], list[float], int | None]]:
-    """Two fits after each other, of 17 rows in batches of 8: the last batch has one row, and so no row at all for a second process."""
+    """Two fits after each other, in batches of 8 rows; the last batch has 3, then 1: fewer for the second process, then none."""
     generator = torch.Generator().manual_seed(0)
-    batches = tensor_batches(
-        {"inputs": torch.randn(17, 3, 6, 6, generator=generator), "label": torch.randint(CLASSES, (17,), generator=generator)},
-        batch_size=8,
-        shuffle=True,
-    )
+    inputs, label = torch.randn(19, 3, 6, 6, generator=generator), torch.randint(CLASSES, (19,), generator=generator)
     results, done = [], [1] * finished
-    for settings in ({}, {"accumulate": 2, "clip": 0.5, "validate": lambda module: -module[4].weight.norm().item(), "patience": 1}):
+    for rows, settings in ((19, {}), (17, {"accumulate": 2, "clip": 0.5, "validate": lambda module: -module[4].weight.norm().item(), "patience": 1})):
+        batches = tensor_batches({"inputs": inputs[:rows], "label": label[:rows]}, batch_size=8, shuffle=True)
 
         def partly(module: nn.Module, batch: dict) -> tuple[Tensor, dict]:
             assert not done
             out = module[4](module[2](module[1](module[0](batch["inputs"]))))  # parts of the module, not its forward
             return cross_entropy(out, batch["label"]), {"index": batch["index"].float().mean()}
 
-        module = mlp()
+        module = mlp().append(nn.Linear(1, 1))  # which takes no part
         history = fit(module, batches, partly, epochs=3, learning_rate=0.05, optimizer="sgd", momentum=0.9, **settings)
         results.append((state(module), history.loss, history.logs["index"], history.validation, history.best_epoch))
     return results

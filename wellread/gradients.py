@@ -6,6 +6,7 @@ these two (Goodfellow 2015, arXiv 1510.01799; Rochette et al. 2019, arXiv 1912.0
 
 from __future__ import annotations
 
+import warnings
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any
@@ -15,6 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.graph import GradientEdge, get_gradient_edge
 from torch.func import functional_call, grad, vmap
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_leaves, tree_map
 
@@ -126,7 +128,7 @@ def _product(a: Tensor, d: Tensor) -> Tensor:
 
 def _linear(_: Any, given: dict[str, Any], d: Tensor, names: list[str]) -> Tensor:
     a, d = (each.reshape(len(each), -1, each.shape[-1]).mT for each in (given["input"].detach(), d))  # [B, features, positions]
-    total = _product(a[:, None], d[:, None]) if "weight" in names else 0
+    total = _product(a[:, None], d[:, None]) if "weight" in names else torch.zeros(len(d), device=d.device)
     return total + d.sum(2).square().sum(1) if "bias" in names else total
 
 
@@ -149,7 +151,7 @@ def _convolution(_: Any, given: dict[str, Any], d: Tensor, names: list[str]) -> 
 
 
 def _norm(function: Any, given: dict[str, Any], d: Tensor, names: list[str]) -> Tensor:
-    shape = given["normalized_shape"] if "normalized_shape" in given else None
+    shape = given.get("normalized_shape")
 
     def summed(each: Tensor) -> Tensor:
         by_place = each.reshape(len(d), -1, *shape).sum(1) if shape is not None else each.reshape(*d.shape[:2], -1).sum(2)
@@ -194,7 +196,7 @@ def _written_down(module: nn.Module, inputs: Inputs, targets: Tensor, loss: Loss
 
     def one(weights: dict[str, Tensor], given: Any, target: Tensor) -> Tensor:
         given = tree_map(lambda each: each[None], given)
-        args, kwargs = ((), given) if isinstance(given, Mapping) else ((given,), {})
+        args, kwargs = ((), dict(given)) if isinstance(given, Mapping) else ((given,), {})
         out = functional_call(module, {**state, **weights}, args, kwargs)
         return loss(out.logits if hasattr(out, "logits") else out, target[None]).sum()
 
@@ -203,7 +205,9 @@ def _written_down(module: nn.Module, inputs: Inputs, targets: Tensor, loss: Loss
 
     size = sum(tensor.numel() for tensor in chosen.values())
     try:
-        return vmap(square, chunk_size=min(len(targets), max(1, 4 * ELEMENTS // max(size, 1))))(inputs, targets)
+        with sdpa_kernel(SDPBackend.MATH), warnings.catch_warnings():  # the other kernels of attention cannot be vectorised
+            warnings.filterwarnings("ignore", message="There is a performance drop")
+            return vmap(square, chunk_size=min(len(targets), max(1, 4 * ELEMENTS // max(size, 1))))(inputs, targets)
     except (RuntimeError, TypeError, ValueError):  # what depends on values (an if, an item()) cannot be vectorised
         return _one_by_one(module, inputs, targets, loss, names)
 

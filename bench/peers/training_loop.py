@@ -5,7 +5,9 @@
 Three loops are compared with the leanest one (rows picked from a tensor, no progress, no checks): `fit`, `fit` with checkpoints, and
 the usual torch loop over a DataLoader. A turn times all of them, in an order that changes from turn to turn, set-up included; a figure
 is the median over the turns of the ratio to the leanest loop of the same turn. The weights must come out equal bit for bit, or
-the loops did not do the same work. The small network shows the cost of a step in itself: no network is faster to train than that.
+the loops did not do the same work. The small network shows the cost of a step in itself: hardly a network is faster to train than that.
+The C library's allocator is told to keep freed memory: otherwise it depends on chance which loop gets its pages anew at every step, and
+that is worth up to 10 % in either direction.
 """
 
 from __future__ import annotations
@@ -15,6 +17,7 @@ import json
 import os
 import shutil
 import statistics
+import sys
 import tempfile
 import time
 from collections.abc import Callable
@@ -150,6 +153,9 @@ def measured(make: Callable[[], nn.Module], shape: tuple[int, ...], rows: int, e
 
 
 def main() -> None:
+    if "MALLOC_TRIM_THRESHOLD_" not in os.environ:  # read when a process starts
+        keep = {"MALLOC_TRIM_THRESHOLD_": str(2**31), "MALLOC_MMAP_THRESHOLD_": str(2**31)}
+        os.execvpe(sys.executable, [sys.executable, "-m", "bench.peers.training_loop"], {**os.environ, **keep})
     began = time.perf_counter()
     sizes = {"conv": {"rows": 960, "epochs": 1, "turns": 12}, "mlp": {"rows": 6400, "epochs": 2, "turns": 12}}
     figures: dict[str, float] = {}

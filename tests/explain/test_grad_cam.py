@@ -502,6 +502,7 @@ def test_the_cascade_goes_from_the_head_to_the_input_and_holds_every_tensor_once
 
 def test_randomising_keeps_the_moments_and_takes_the_statistics_anew():
     net, images = network(Plain()), noise(64, 32)
+    net.module.norm.num_batches_tracked.fill_(10)  # as after training
     before = {name: tensor.clone() for name, tensor in net.module.state_dict().items()}
     randomise(net.module, {"first.weight", "first.bias", "norm.running_mean", "norm.running_var"}, images)
     after = net.module.state_dict()
@@ -513,6 +514,24 @@ def test_randomising_keeps_the_moments_and_takes_the_statistics_anew():
     given = net.module.first(torch.cat([images, images.flip(-1)]))
     torch.testing.assert_close(after["norm.running_mean"], given.mean((0, 2, 3)), rtol=1e-4, atol=1e-5)
     assert not net.module.norm.training
+
+
+def test_in_the_cascade_statistics_follow_the_layers_before_them():
+    torch.manual_seed(0)
+    layers = [nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.ReLU(), nn.Conv2d(4, 6, 3, 2), nn.BatchNorm2d(6), nn.AdaptiveAvgPool2d(1), nn.Flatten()]
+    net, images, steps = network(nn.Sequential(*layers, nn.Linear(6, 2))), noise(), []
+
+    def draw(other: Network) -> np.ndarray:
+        assert other is not net
+        reached = other.module[:4](torch.cat([images, images.flip(-1)]))
+        off = (other.module[4].running_mean - reached.detach().mean((0, 2, 3))).abs().max().item()
+        steps.append((off, torch.equal(other.module[0].weight, layers[0].weight)))
+        return np.ones((4, 16, 16))
+
+    assert list(sanity(net, images, np.ones((4, 16, 16)), draw)) == ["head", "4", "2"]
+    assert [same for _, same in steps] == [True, True, False]
+    assert steps[0][0] > 0.1  # the head changes no statistics
+    assert max(off for off, _ in steps[1:]) < 1e-3  # running variances divide by n - 1, those of the batch by n
 
 
 def test_the_sanity_check_tells_a_map_of_the_image_from_a_map_of_the_model():

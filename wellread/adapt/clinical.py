@@ -78,7 +78,7 @@ def bootstrap(
         with np.errstate(divide="ignore", invalid="ignore"):
             found["balanced_accuracy"].append(np.nanmean(hit / support, 1))
             found["macro_f1"].append(np.nanmean(2 * hit / (said + support), 1))
-            found["auroc"].append(np.nanmean([_weighted_auroc(probabilities[:, c], truth == c, weight) for c in curves], 0))
+            found["auroc"].append(np.mean([_weighted_auroc(probabilities[:, c], truth == c, weight) for c in curves], 0))
     intervals = {}
     for name, parts in found.items():
         low, high = np.nanpercentile(np.concatenate(parts), (2.5, 97.5))

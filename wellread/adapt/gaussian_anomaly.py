@@ -350,7 +350,7 @@ def gaussian_anomaly(
         scorer.held_out.copy_(scorer.combined(distances).sort().values)
     threshold, rank = conformal_threshold(scorer.held_out.cpu().numpy(), false_alarm_rate)
     scorer.threshold.fill_(threshold)
-    report = _report(scorer, gaussians, distances.cpu().numpy(), rank, false_alarm_rate)
+    report = _report(scorer, gaussians, int(fitted.sum()), distances.cpu().numpy(), rank, false_alarm_rate)
     if copies := duplicates(normals, normals):
         report.warnings.append(f"{len(copies)} normals are copies of others: some that were held out were also fitted, and the threshold is too low")
     if contaminated:
@@ -399,7 +399,7 @@ def _levels(network: Network, levels: list[str] | None, size: int | None) -> tup
     return network, {level: pooled(seen[level], torch.empty(0), network).shape[-1] for level in chosen}
 
 
-def _report(scorer: AnomalyScore, gaussians: dict[str, Gaussian], distances: np.ndarray, rank: int, rate: float) -> Report:
+def _report(scorer: AnomalyScore, gaussians: dict[str, Gaussian], fitted: int, distances: np.ndarray, rank: int, rate: float) -> Report:
     """What the threshold promises and what each level does; distances: [n, L] of the held-out normals."""
     from scipy.stats import beta
 
@@ -410,7 +410,7 @@ def _report(scorer: AnomalyScore, gaussians: dict[str, Gaussian], distances: np.
         row = {"level": level, "width": d, "kept": k, "shrinkage": share, "threshold": conformal_threshold(distance, rate)[0]}
         rows.append({**row, "chi-square threshold": assumed, "chi-square false alarms": float((distance > assumed).mean())})
     low, high = beta.ppf((0.025, 0.975), n + 1 - rank, rank)
-    figures: dict[str, float | str | int] = {"normals held out": n, "threshold": float(scorer.threshold), "false alarm rate asked": rate}
+    figures: dict[str, float | str | int] = {"normals fitted": fitted, "normals held out": n, "threshold": float(scorer.threshold), "false alarm rate asked": rate}
     figures |= {"false alarm rate promised": (n + 1 - rank) / (n + 1), "false alarm rate, low": float(low), "false alarm rate, high": float(high)}
     text = (
         "Scores above the threshold are alarms. Promised is the false alarm rate over all ways to choose the held-out normals; low and high "

@@ -7,7 +7,8 @@ The chosen head is folded into one weight and one bias on the raw features: a pl
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -87,12 +88,20 @@ def ridge(found: Basis, targets: Tensor, penalties: Sequence[float]) -> tuple[Te
     return weight, bias.expand(len(penalties), -1), left_out
 
 
-def logistic(found: Basis, labels: Tensor, classes: int, penalties: Sequence[float], *, tolerance: float = 1e-5) -> tuple[Tensor, Tensor]:
+def logistic(
+    found: Basis,
+    labels: Tensor,
+    classes: int,
+    penalties: Sequence[float],
+    *,
+    start: tuple[Tensor, Tensor] | None = None,
+    tolerance: float = 1e-5,
+) -> tuple[Tensor, Tensor]:
     """Multinomial logistic regression with penalty / 2 * squared weights against the mean loss, for every penalty in one run.
 
     labels: int64 [N]. Weights [P, r, K], biases [P, K] (not penalised). scikit-learn's C is 1 / (N * penalty), for two classes 2 / (N * penalty),
     because it has one weight vector there where the softmax has two.
-    tolerance: largest entry of the gradient at which it stops.
+    start: weights and biases to begin from; zeros when left out. tolerance: largest entry of the gradient at which it stops.
     """
     z = torch.cat([found.coordinates, torch.ones(len(labels), 1, dtype=found.coordinates.dtype)], 1)
     one_hot = torch.nn.functional.one_hot(labels, classes).to(z.dtype)[:, None]
@@ -110,8 +119,20 @@ def logistic(found: Basis, labels: Tensor, classes: int, penalties: Sequence[flo
         return value, gradient + penalty * theta
 
     curvature = torch.cat([found.variance, torch.ones(1, dtype=z.dtype)])[None, :, None] / 2 + penalty  # bounds the Hessian (Boehning 1992)
-    theta = minimise(loss, torch.zeros(count, size, classes, dtype=z.dtype), 1 / curvature, tolerance=tolerance)
+    first = torch.zeros(count, size, classes, dtype=z.dtype) if start is None else torch.cat([start[0], start[1][:, None]], 1)
+    theta = minimise(loss, first, 1 / curvature, tolerance=tolerance)
     return theta[:, :-1], theta[:, -1]
+
+
+@contextmanager
+def _threads(products: int) -> Iterator[None]:
+    """One thread for small matrices: several would wait for one another, on a busy machine a hundred times as long as they compute."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1 if products < 1e8 else before)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
 
 
 def minimise(
@@ -196,18 +217,22 @@ def fit_probe(
         factor = _calibration(left_out[best], truth, found.weights)
         tried = [{"penalty": p, "leave_one_out_squared_error": float(e)} for p, e in zip(penalties, error, strict=True)]
         return Probe(*found.folded(weight[best] * factor, bias[best] * factor), penalties[best], tried)
-    weight, bias = logistic(found, truth, classes, penalties)
     if validation is None:
         if len(penalties) != 1:
             raise BadInput("logistic penalties are chosen on validation rows: give some, or one penalty")
+        weight, bias = logistic(found, truth, classes, penalties)
         return Probe(*found.folded(weight[0], bias[0]), penalties[0], [])
+    # small penalties take ten times as long to converge and are seldom the best: only the chosen one is solved to the end
+    weight, bias = logistic(found, truth, classes, penalties, tolerance=1e-3)
     seen = torch.from_numpy(validation[1])
     weights = torch.from_numpy(by_class)[seen]
     logits = found.of(validation[0]) @ weight + bias[:, None]  # [P, M, K]
     losses = torch.stack([(weights * torch.nn.functional.cross_entropy(each, seen, reduction="none")).sum() / weights.sum() for each in logits])
     best = int(losses.argmin())
     tried = [{"penalty": p, "validation_log_loss": float(e)} for p, e in zip(penalties, losses, strict=True)]
-    return Probe(*found.folded(weight[best], bias[best]), penalties[best], tried)
+    chosen = slice(best, best + 1)
+    weight, bias = logistic(found, truth, classes, penalties[chosen], start=(weight[chosen], bias[chosen]))
+    return Probe(*found.folded(weight[0], bias[0]), penalties[best], tried)
 
 
 def _calibration(scores: Tensor, labels: Tensor, weights: Tensor) -> float:

@@ -104,14 +104,13 @@ def splits_of(
             raise BadInput(f"validation has the class {strange[0]!r} that train does not have ({', '.join(names[:6])}): give data with the same classes")
     groups, said = None, []
     if group is not None:
-        for what, table in (("train", train), ("validation", validation)):
-            if table is not None and group not in table.column_names:
-                raise BadInput(f"{what} has no column {group!r} to group by (it has {', '.join(table.column_names)})")
+        if group not in train.column_names:
+            raise BadInput(f"train has no column {group!r} to group by (it has {', '.join(train.column_names)})")
         groups = group_of(train, group)
         mixed = sum(len(np.unique(truth[groups == each])) > 1 for each in np.unique(groups))
         if mixed:
             said.append(f"{mixed} of {len(np.unique(groups))} values of {group!r} have rows of more than one class: check the labels or the column")
-        shared = set(groups) & set(group_of(validation, group)) if validation is not None else set()
+        shared = set(groups) & set(group_of(validation, group)) if validation is not None and group in validation.column_names else set()
         if shared:
             said.append(f"{len(shared)} values of {group!r} are in train and in validation: figures on validation are optimistic")
     everything = np.arange(len(train))

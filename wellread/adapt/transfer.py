@@ -330,7 +330,7 @@ def transfer(
     best = trials[0]
     adapted = best.adapted or _refitted(best, Part(train, np.arange(len(train)), names), tune=tune, solve=solve)
 
-    groups = None if group is None else group_of(judged.table, group)[judged.rows]
+    groups = None if group is None or group not in judged.table.column_names else group_of(judged.table, group)[judged.rows]
     report = leaderboard(trials, failed, judged, fold_of, metric=metric, positive=number, target=target_sensitivity, groups=groups, mode=mode)
     if best.network is not None and _seen(best.network, judged.table, folds, group):
         warnings.append(f"{best.name} was trained on {name_of(judged.table)} before: figures on it say nothing about new examples")

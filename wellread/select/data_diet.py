@@ -8,8 +8,7 @@ from __future__ import annotations
 
 import os
 import warnings
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping
 from typing import Any, Literal
 
 import numpy as np
@@ -21,19 +20,17 @@ from torch import Tensor, nn
 from wellread import runtime
 from wellread.adapt.transfer import AUGMENTS, Augment
 from wellread.batches import Batches, network_batches, tensor_batches
-from wellread.data import Labelled, class_names, labels, name_of
+from wellread.data import Labelled, class_names, labels
 from wellread.errors import BadInput
-from wellread.evaluate import accuracy_interval
-from wellread.features import embed, example_batch, running, to_device
+from wellread.features import example_batch, running, to_device
 from wellread.gradients import gradient_norms
 from wellread.inputs import ImageInput
 from wellread.method import method
 from wellread.network import Network
 from wellread.results import Scores
+from wellread.select.pruning import head, judged, pruning_curve, tables
 from wellread.train import fit
 
-FRACTIONS = (0.9, 0.7, 0.5, 0.3, 0.1)
-RULES: tuple[Literal["hardest", "random", "easiest", "offset"], ...] = ("hardest", "random", "easiest", "offset")
 MEANING = {
     "el2n": "Distance between the predicted probabilities and the label, 0 to 1.41",
     "grand": "Norm of the example's gradient over all trained parameters",
@@ -92,6 +89,9 @@ class ForgettingEvents(nn.Module):
 
     def __init__(self, rows: int) -> None:
         super().__init__()
+        self.was_right: Tensor
+        self.ever_right: Tensor
+        self.events: Tensor
         self.register_buffer("was_right", torch.zeros(rows, dtype=torch.bool))
         self.register_buffer("ever_right", torch.zeros(rows, dtype=torch.bool))
         self.register_buffer("events", torch.zeros(rows, dtype=torch.int64))
@@ -105,90 +105,6 @@ class ForgettingEvents(nn.Module):
     def scores(self) -> Tensor:
         """float32 [N], infinite for an example that was never right."""
         return self.events.float().masked_fill(~self.ever_right, torch.inf)
-
-
-# --- small heads on frozen features
-
-
-@dataclass
-class Table:
-    """Features float32 [N, d] and classes int64 [N]."""
-
-    x: Tensor
-    y: Tensor
-
-
-def tables(network: Network, train: Dataset, *others: Dataset) -> list[Table]:
-    """The network's features of each table, all brought to mean 0 and standard deviation 1 as measured on `train`. Cached on disk."""
-    found = [embed(network, each) for each in (train, *others)]
-    for data, z in zip((train, *others), found, strict=True):
-        bad = np.flatnonzero(~np.isfinite(z).all(1))
-        if len(bad):
-            raise BadInput(f"the network's features of row {bad[0]} of {name_of(data)} are not finite: look at that row, or choose another network")
-    mean, spread = found[0].mean(0), found[0].std(0)
-    spread[spread < 1e-6] = 1.0  # a feature that never changes stays at 0
-    return [Table(torch.from_numpy((z - mean) / spread), torch.from_numpy(labels(data))) for data, z in zip((train, *others), found, strict=True)]
-
-
-def head(features: int, classes: int, hidden: int) -> nn.Module:
-    """[B, features] to logits [B, classes]: one hidden layer with ReLU and dropout 0.2, or none when `hidden` is 0."""
-    if hidden == 0:
-        return nn.Linear(features, classes)
-    return nn.Sequential(nn.Linear(features, hidden), nn.ReLU(), nn.Dropout(0.2), nn.Linear(hidden, classes))
-
-
-def pruning_curve(
-    scores: Scores,
-    train: Table,
-    test: Table,
-    *,
-    classes: int,
-    fractions: Sequence[float] = FRACTIONS,
-    hidden: int = 256,
-    epochs: int = 10,
-    learning_rate: float = 1e-3,
-    batch_size: int = 64,
-    seed: int = 0,
-) -> list[dict[str, float]]:
-    """What is lost when only part of the data is kept: for each fraction, test accuracy (%) of a new head by the rule that chose the part.
-
-    scores: of `train`. The rules are those of `Scores.keep`; the offset window leaves out the hardest tenth and keeps the next ones.
-    All heads take as many steps as `epochs` over all rows: a smaller part is seen more often, as in the authors' code. The first row is all data.
-    """
-
-    def accuracy(kept: np.ndarray) -> float:
-        random = np.random.default_rng((seed, len(kept)))
-        repeated = torch.from_numpy(np.resize(random.permutation(kept), len(train.y)))
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(seed)
-            network = head(train.x.shape[1], classes, hidden)
-        batches = Batches(
-            len(repeated),
-            lambda rows: {"inputs": train.x[repeated[rows]], "label": train.y[repeated[rows]]},
-            batch_size=batch_size,
-            shuffle=True,
-            seed=seed,
-        )
-        fit(network, batches, _cross_entropy, epochs=epochs, learning_rate=learning_rate, seed=seed, name=f"{len(kept)} rows kept")
-        with torch.inference_mode():
-            return 100 * float((network.eval()(test.x).argmax(1) == test.y).float().mean())
-
-    whole = accuracy(np.arange(len(train.y)))
-    found: list[dict[str, float]] = [{"kept": 1.0, "rows": len(train.y), **dict.fromkeys(RULES, whole)}]
-    for fraction in fractions:
-        parts = {rule: scores.keep(fraction, rule, seed=seed) for rule in RULES if rule != "offset"}
-        parts["offset"] = scores.keep(fraction, "offset", offset=1 - fraction - min(0.1, 1 - fraction))
-        found.append({"kept": fraction, "rows": len(parts["random"]), **{rule: accuracy(parts[rule]) for rule in RULES}})
-    return found
-
-
-def crossing(curve: Sequence[Mapping[str, float]]) -> float | None:
-    """The largest fraction at which a random part is better than the hardest one; None when there is none."""
-    return max((row["kept"] for row in curve if row["random"] > row["hardest"]), default=None)
-
-
-def _cross_entropy(module: nn.Module, batch: dict[str, Any]) -> Tensor:
-    return nn.functional.cross_entropy(module(batch["inputs"]), batch["label"])
 
 
 # --- the method
@@ -222,7 +138,7 @@ def data_diet(
     epochs: passes over the data before scoring; 0 scores untrained heads, which says little.
     train_all: False trains new heads on the frozen features, in seconds; True fine-tunes all layers in each run.
     hidden: width of the hidden layer of the heads on frozen features; 0 makes them linear.
-    learning_rate: of AdamW, constant; None is 0.001 for heads and 0.0001 for whole networks.
+    learning_rate: of AdamW, constant; None is 0.003 for heads and 0.0001 for whole networks.
     batch_size: examples per step.
     size: side of the square that pictures are resized to, in pixels; by default the network's own input.
     augment: of the pictures in training with train_all; scores are always taken on the pictures as they are.
@@ -238,13 +154,13 @@ def data_diet(
     if validation is not None and class_names(validation) != names:
         raise BadInput(f"validation has the classes {', '.join(class_names(validation)[:6])} and train {', '.join(names[:6])}: they must be the same")
     network = _sized(network, size)
-    frozen = None if train_all and validation is None else tables(network, train, *([validation] if validation is not None else []))
-    rate = learning_rate or (1e-4 if train_all else 1e-3)
+    given = [train] if validation is None else [train, validation]
+    frozen = [] if train_all and validation is None else tables(network, *given)
+    rate = learning_rate or (1e-4 if train_all else 3e-3)
 
     def fresh() -> Network:
         if train_all:
             return network.with_head(names)
-        assert frozen is not None
         return Network(head(frozen[0].x.shape[1], len(names), hidden), architecture={})
 
     def batches(order: int | None) -> Batches:
@@ -253,7 +169,6 @@ def data_diet(
         if train_all:
             changed = AUGMENTS[augment] if shuffle and isinstance(network.input, ImageInput) else None
             return network_batches(network, train, batch_size=batch_size, shuffle=shuffle, seed=order or 0, augment=changed, drop_last=shuffle)
-        assert frozen is not None
         columns = {"inputs": frozen[0].x, "label": frozen[0].y}
         return tensor_batches(columns, batch_size=batch_size if shuffle else 1024, shuffle=shuffle, seed=order or 0)
 
@@ -274,8 +189,9 @@ def data_diet(
         probabilities += p / runs
     result = _result(found, probabilities, train, score, epochs)
     if validation is not None:
-        assert frozen is not None
-        _judge(result, pruning_curve(result, *frozen, classes=len(names), hidden=hidden, batch_size=batch_size, seed=seed), len(validation))
+        curve = pruning_curve(result, *frozen, classes=len(names), hidden=hidden, batch_size=batch_size, seed=seed)
+        result.tables["accuracy (%) by share kept"] = [*curve]
+        result.figures |= judged(curve, len(validation))
     return result
 
 
@@ -301,7 +217,7 @@ def _sized(network: Network, size: int | None) -> Network:
             raise BadInput(f"size is {size}: give the side of the pictures in pixels")
         network = network.edited(input=network.input.changed(size=(size, size), crop=1.0))
     try:
-        with torch.inference_mode():
+        with running(network, network.device), torch.inference_mode():
             network(example_batch(network))
     except (RuntimeError, AssertionError, IndexError) as failed:
         raise BadInput(f"the network cannot be fed its input ({str(failed).strip().splitlines()[0][:120]}): give another size or network") from None
@@ -347,59 +263,47 @@ def _scored(model: Network, batches: Batches, gradients: bool) -> tuple[dict[str
 
 
 def _result(found: list[dict[str, np.ndarray]], probabilities: np.ndarray, train: Dataset, score: str, epochs: int) -> Scores:
-    names, given = class_names(train), labels(train)
-    means = {name: np.mean([each[name] for each in found], 0, dtype=np.float32) for name in found[0]}
-    values, guess = means[score], probabilities.argmax(1)
+    """Mean scores with what is to be known about them. found: for each run, each score of each row, [N]."""
+    names, given, guess = class_names(train), labels(train), probabilities.argmax(1)
+    means: dict[str, np.ndarray] = {name: np.mean([each[name] for each in found], 0).astype(np.float32) for name in found[0]}
+    norm, values = means.pop("input norm", None), means.pop(score)
     columns: dict[str, list[Any]] = {"label": [names[c] for c in given], "predicted": [names[c] for c in guess]}
-    columns |= {name: mean.tolist() for name, mean in means.items() if name in MEANING and name != score}
-    agreement = _rank_correlation(np.mean([each[score] for each in found[::2]], 0), np.mean([each[score] for each in found[1::2]], 0)) if len(found) > 1 else None
-    figures: dict[str, Any] = {"agreement between halves of the runs": agreement, "labels that the runs contradict": int((guess != given).sum())}
-    if "input norm" in means:
-        figures["correlation with the norm of the input"] = _rank_correlation(values, means["input norm"])
-    result = Scores(
-        values,
-        score,
-        f"{MEANING[score]}: mean over {len(found)} runs of {epochs} epochs. High: hard to learn, at the very top often mislabelled; low: learned at once, "
-        "the first to leave out.",
-        list(train["file"]) if "file" in train.column_names else None,
-        columns,
+    halves = [np.mean([each[score] for each in found[half::2]], 0) for half in (0, 1)] if len(found) > 1 else None
+    agreement = _rank_correlation(*halves) if halves else None
+    meaning = (
+        f"{MEANING[score]}: mean over {len(found)} runs of {epochs} epochs. High: hard to learn, at the very top often mislabelled; "
+        "low: learned at once, the first to leave out."
     )
-    hardest = np.bincount(given[result.keep(0.5)], minlength=len(names))
-    rows = np.bincount(given, minlength=len(names))
+    files = list(train["file"]) if "file" in train.column_names else None
+    result = Scores(values, score, meaning, files, columns | {name: mean.tolist() for name, mean in means.items()})
+    figures: dict[str, Any] = {
+        "agreement of two halves of the runs": agreement,
+        "correlation with the norm of the input": None if norm is None else _rank_correlation(values, norm),
+        "labels that the runs contradict": int((guess != given).sum()),
+    }
+    result.figures = figures
+    in_half = np.isin(np.arange(len(given)), result.keep(0.5))
+    present = [(name, given == c) for c, name in enumerate(names) if (given == c).any()]
     result.tables["by class"] = [
-        {"class": names[c], "rows": int(rows[c]), "mean": float(values[given == c].mean()), "in the hardest half": int(hardest[c]),
-         "contradicted": int((guess != given)[given == c].sum())}
-        for c in np.flatnonzero(rows)
+        {"class": name, "rows": int(of.sum()), "mean score": float(values[of].mean()), "in the hardest half": int(in_half[of].sum()),
+         "contradicted": int((guess != given)[of].sum())}
+        for name, of in present
     ]  # fmt: skip
-    emptied = [names[c] for c in np.flatnonzero(rows) if hardest[c] < 0.2 * rows[c]]
+    emptied = [name for name, of in present if in_half[of].mean() < 0.2]
     for wrong, sentence in (
-        (epochs == 0, "the networks were not trained: such scores follow the input and are no better than chance at choosing examples (arXiv 2303.14753)"),
-        (len(found) == 1, "one run alone is noisy: its scores cannot be compared with those of another"),
+        (epochs == 0, "the networks were not trained: such scores follow the input and choose no better than chance (arXiv 2303.14753)"),
+        (len(found) == 1, "one run alone is noisy: whether another would agree was not measured"),
         (agreement is not None and agreement < 0.5, f"the runs hardly agree (rank correlation {agreement or 0:.2f}): give more runs or epochs"),
-        (bool(emptied), f"the hardest half of all would keep less than a fifth of {', '.join(emptied[:5])}: choose inside each class, keep(0.5, labels=...)"),
+        (bool(emptied), f"the hardest half has less than a fifth of {', '.join(emptied[:5])}: choose inside each class, keep(0.5, labels=...)"),
     ):
         if wrong:
             result.warnings.append(sentence)
-    result.figures = figures
     return result
-
-
-def _judge(result: Scores, curve: list[dict[str, float]], rows: int) -> None:
-    """Add the pruning curve, and what follows from it."""
-    whole = curve[0]["hardest"]
-    low = 100 * accuracy_interval(round(whole / 100 * rows), rows)[0]
-    harmless = [(row["kept"], rule) for row in curve for rule in RULES if row[rule] >= low]
-    kept = min(fraction for fraction, _ in harmless)
-    best = [rule for fraction, rule in harmless if fraction == kept]
-    crossed = crossing(curve)
-    result.tables["accuracy (%) by share kept"] = [dict(row) for row in curve]
-    result.figures |= {
-        "smallest share without a clear loss": f"{kept:g} ({', '.join(best)})" if kept < 1 else "all are needed",
-        "a random part is better than the hardest from": f"{crossed:g} downwards" if crossed else "nowhere",
-    }
 
 
 def _rank_correlation(a: np.ndarray, b: np.ndarray) -> float | None:
     """Spearman's; None when one of them is the same everywhere."""
-    found = float(spearmanr(a, b).statistic) if np.ptp(np.nan_to_num(a, posinf=1e30)) and np.ptp(np.nan_to_num(b, posinf=1e30)) else None
-    return found
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        found = float(spearmanr(a, b).statistic)
+    return found if np.isfinite(found) else None
