@@ -106,3 +106,9 @@ def test_outputs_that_are_not_numbers_are_named() -> None:
 def test_scores_are_higher_when_better() -> None:
     data = load_data("digits:test[:50]")
     assert score(classifier(), data, "log_loss") < 0 <= score(classifier(), data, "accuracy")
+
+
+def test_the_function_is_not_hidden_by_its_module() -> None:
+    import wellread.evaluate
+
+    assert wellread.evaluate is evaluate and callable(wellread.load)

@@ -10,6 +10,8 @@ inspector.save("inspector")
 from __future__ import annotations
 
 import importlib
+import sys
+from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -46,6 +48,16 @@ def __getattr__(name: str) -> Any:
         if missing.name != f"wellread.{name}":
             raise
         raise AttributeError(f"module 'wellread' has no attribute {name!r}") from None
+
+
+class _Package(ModuleType):
+    """`wellread.evaluate` stays the function also when the file of that name has been imported, which would store the module here."""
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        super().__setattr__(name, value.evaluate if name == "evaluate" and isinstance(value, ModuleType) else value)
+
+
+sys.modules[__name__].__class__ = _Package
 
 
 def __dir__() -> list[str]:

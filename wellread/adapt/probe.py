@@ -7,8 +7,7 @@ The chosen head is folded into one weight and one bias on the raw features: a pl
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -122,17 +121,6 @@ def logistic(
     first = torch.zeros(count, size, classes, dtype=z.dtype) if start is None else torch.cat([start[0], start[1][:, None]], 1)
     theta = minimise(loss, first, 1 / curvature, tolerance=tolerance)
     return theta[:, :-1], theta[:, -1]
-
-
-@contextmanager
-def _threads(products: int) -> Iterator[None]:
-    """One thread for small matrices: several would wait for one another, on a busy machine a hundred times as long as they compute."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1 if products < 1e8 else before)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(before)
 
 
 def minimise(

@@ -19,7 +19,7 @@ from datasets import Dataset
 from torch import Tensor, nn
 
 from wellread import runtime
-from wellread.adapt.leaderboard import Trial, checked, leaderboard, threshold
+from wellread.adapt.leaderboard import Trial, checked, report_of, threshold
 from wellread.adapt.probe import Probe, class_weights, fit_probe
 from wellread.adapt.splits import Part, group_of, splits_of
 from wellread.batches import network_batches
@@ -93,6 +93,7 @@ def fine_tune(
     augment: Augment = "small",
     balance: bool = True,
     label_smoothing: float = 0.0,
+    keep_norm: bool = True,
     patience: int | None = 3,
     metric: Metric = "balanced_accuracy",
     seed: int = 0,
@@ -101,6 +102,7 @@ def fine_tune(
     """Train all layers of a classifier in place: AdamW, cosine, one rate for the body and one for the head, the epoch that is best on validation.
 
     Without validation it trains for all epochs. Vectors (biases, norms) have no weight decay. Pictures of `validation` are never augmented.
+    keep_norm: batch norms go on using (and keep) the means and variances that they came with, as they did when the head was solved for.
     """
     picture = isinstance(network.input, ImageInput)
     batches = network_batches(
@@ -108,7 +110,11 @@ def fine_tune(
     )
     by_class = torch.from_numpy(class_weights(train.labels, len(train.names))).float() if balance else None
 
+    norms = [layer for layer in network.module.modules() if isinstance(layer, nn.modules.batchnorm._BatchNorm) and layer.track_running_stats]
+
     def step(module: nn.Module, batch: dict[str, Any]) -> Tensor:
+        for layer in norms if keep_norm else ():
+            layer.eval()
         target = batch["label"]
         loss = nn.functional.cross_entropy(network(batch["inputs"]), target, reduction="none", label_smoothing=label_smoothing)
         return (loss if by_class is None else loss * by_class.to(target.device)[target]).mean()
@@ -240,6 +246,7 @@ def transfer(
     probe: Literal["logistic", "ridge"] = "logistic",
     balance: bool = True,
     label_smoothing: float = 0.0,
+    keep_norm: bool = True,
     patience: int | None = 3,
     metric: Metric = "balanced_accuracy",
     positive: str | None = None,
@@ -268,6 +275,7 @@ def transfer(
     probe: the loss of the linear head: "logistic", penalty chosen by log loss on validation, or "ridge", by leave-one-out error.
     balance: every class counts the same in the loss, n / (K n_k) per row.
     label_smoothing: between 0 and 1.
+    keep_norm: batch norms keep the means and variances that they came with; say no for a network with fresh weights, or far more data.
     patience: stop after so many epochs that are not better on validation.
     metric: what chooses the epoch and the winner.
     positive: the class whose sensitivity and specificity are reported at an operating point.
@@ -307,7 +315,7 @@ def transfer(
     solve = partial(fit_probe, kind=probe, balance=balance)
     tune = partial(
         fine_tune, epochs=epochs, learning_rate=learning_rate, head_learning_rate=head_learning_rate, weight_decay=weight_decay,
-        batch_size=batch_size, augment=augment, balance=balance, label_smoothing=label_smoothing, patience=patience, metric=metric, seed=seed,
+        batch_size=batch_size, augment=augment, balance=balance, label_smoothing=label_smoothing, keep_norm=keep_norm, patience=patience, metric=metric, seed=seed,
     ) if mode == "fine-tune" else None  # fmt: skip
     number = None if positive is None else names.index(positive)
     trials: list[Trial] = []
@@ -331,7 +339,7 @@ def transfer(
     adapted = best.adapted or _refitted(best, Part(train, np.arange(len(train)), names), tune=tune, solve=solve)
 
     groups = None if group is None or group not in judged.table.column_names else group_of(judged.table, group)[judged.rows]
-    report = leaderboard(trials, failed, judged, fold_of, metric=metric, positive=number, target=target_sensitivity, groups=groups, mode=mode)
+    report = report_of(trials, failed, judged, fold_of, metric=metric, positive=number, target=target_sensitivity, groups=groups, mode=mode)
     if best.network is not None and _seen(best.network, judged.table, folds, group):
         warnings.append(f"{best.name} was trained on {name_of(judged.table)} before: figures on it say nothing about new examples")
     if checks:

@@ -150,7 +150,7 @@ def data_diet(
     Source: Paul, Ganguli and Dziugaite, NeurIPS 2021, arXiv 2107.07075. Its networks start from random weights; here the body is pre-trained.
     """
     names = class_names(train)
-    _check(score, runs, epochs, hidden, learning_rate, batch_size)
+    _check(score, runs, epochs, hidden, learning_rate, batch_size, seed)
     if validation is not None and class_names(validation) != names:
         raise BadInput(f"validation has the classes {', '.join(class_names(validation)[:6])} and train {', '.join(names[:6])}: they must be the same")
     network = _sized(network, size)
@@ -195,11 +195,12 @@ def data_diet(
     return result
 
 
-def _check(score: str, runs: int, epochs: int, hidden: int, learning_rate: float | None, batch_size: int) -> None:
+def _check(score: str, runs: int, epochs: int, hidden: int, learning_rate: float | None, batch_size: int, seed: int) -> None:
     for right, sentence in (
         (runs >= 1, f"runs is {runs}: give at least 1"),
         (epochs >= 0, f"epochs is {epochs}: give 0 or more"),
         (hidden >= 0, f"hidden is {hidden}: give 0 (linear heads) or more"),
+        (seed >= 0, f"seed is {seed}: give 0 or more"),
         (batch_size >= 2, f"batch_size is {batch_size}: give at least 2"),
         (learning_rate is None or 0 < learning_rate < float("inf"), f"learning_rate is {learning_rate}: give a number above 0"),
         (score != "forgetting" or epochs >= 2, f"forgetting is counted from epoch to epoch, and epochs is {epochs}: give at least 2"),
