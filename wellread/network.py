@@ -362,24 +362,23 @@ class Networks(Sequence[Network]):
         return as_network(given).record if isinstance(given, Network) or not _ours(given) else _read_config(Path(given))
 
     def weights(self, index: int, *, verify: bool = False) -> Iterator[tuple[str, Tensor]]:
-        """(name, tensor) of one network, one tensor in memory at a time when it lies on disk.
+        """(name, tensor) of one network, by name; of one that we saved, one tensor in memory at a time.
 
         verify: after the last tensor of a network that we saved, compare its fingerprint, as `load` does. Raises `BadInput`.
         """
         given = self.given[index]
-        if isinstance(given, Network):
-            yield from given.module.state_dict().items()
-        elif not _ours(given):
-            yield from load(given).module.state_dict().items()
+        if isinstance(given, Network) or not _ours(given):
+            yield from sorted(as_network(given).module.state_dict().items())
+            return
+        file, record = Path(given) / WEIGHTS, _read_config(Path(given))
+        if not verify:
+            yield from stream_weights(file)
         else:
-            file = Path(given) / WEIGHTS
-            record = _read_config(Path(given))
             whole = _hash({key: record[key] for key in ("architecture", "edits")})
             for name, tensor in stream_weights(file):
-                if verify:
-                    _hash_tensor(whole, name, tensor)
+                _hash_tensor(whole, name, tensor)
                 yield name, tensor
-            if verify and whole.hexdigest() != record["fingerprint"]:
+            if whole.hexdigest() != record["fingerprint"]:
                 raise BadInput(f"{file} is not what was saved (its fingerprint differs): copy the folder again")
 
     def name(self, index: int) -> str:
@@ -402,6 +401,10 @@ def stream_weights(file: Path) -> Iterator[tuple[str, Tensor]]:
     except SafetensorError as failed:
         raise BadInput(f"{file} is damaged ({failed}): copy the folder again") from None
     stored |= {left_out: kept for left_out, kept in shared.items() if kept in stored}
-    for name in sorted(stored):
+
+    def read(name: str) -> Tensor:
         with safe_open(str(file), "pt") as opened:
-            yield name, opened.get_tensor(stored[name])
+            return opened.get_tensor(name)
+
+    for name in sorted(stored):
+        yield name, read(stored[name])  # the caller alone holds the tensor, and with it the pages of the file

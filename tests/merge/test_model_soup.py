@@ -20,7 +20,7 @@ from wellread import ImageInput, Network, TextInput, families, runtime
 from wellread.cli import main
 from wellread.data import as_data, subset
 from wellread.errors import BadInput
-from wellread.evaluate import score
+from wellread.evaluate import predict, score
 from wellread.merge import model_soup
 from wellread.merge.model_soup import Mixture, collapsed, fill, greedy, interpolate, learned, midpoints, reestimate_norm, running_mean, same_structure
 from wellread.network import WEIGHTS, Networks
@@ -398,8 +398,6 @@ def test_networks_of_different_basins_are_refused_or_warned_about(turned: Networ
 
 
 def test_a_killed_run_goes_on(turned: Network, colors: Dataset, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    import wellread.evaluate
-
     module = sys.modules["wellread.merge.model_soup"]
     networks = near(turned, 4, 0.3)
     whole = model_soup(networks, colors)
@@ -409,7 +407,7 @@ def test_a_killed_run_goes_on(turned: Network, colors: Dataset, tmp_path: Path, 
         calls.append(1)
         if len(calls) == 7:
             raise KeyboardInterrupt
-        return wellread.evaluate.predict(*arguments, **more)
+        return predict(*arguments, **more)
 
     monkeypatch.setattr(module, "predict", counted)
     with runtime.using(folder=tmp_path):
@@ -419,7 +417,7 @@ def test_a_killed_run_goes_on(turned: Network, colors: Dataset, tmp_path: Path, 
         assert again.fingerprint == whole.fingerprint and again.reports["soup"].figures == whole.reports["soup"].figures
         once = len(calls) - 7
         calls.clear()
-        monkeypatch.setattr(module, "predict", lambda *a, **k: calls.append(1) or wellread.evaluate.predict(*a, **k))
+        monkeypatch.setattr(module, "predict", lambda *a, **k: calls.append(1) or predict(*a, **k))
         model_soup(networks[::-1], colors)  # other networks: nothing of what is kept holds
         assert len(calls) == once + 6
 

@@ -58,29 +58,25 @@ def fill(module: nn.Module, networks: Networks, members: Sequence[int], shares: 
 
     shares: {tensor: one weight for each member}, for tensors that are not weighted equally. Summed in float32, in float64 for more than 50
     members, then cast back; whole numbers and truth values are those of the first member; tied tensors are averaged once and stay tied.
-    Beside `module` only one tensor is in memory at a time, whatever the number of members; each member is read once.
+    Beside `module` two tensors are in memory at a time, whatever the number of members.
     """
     targets = _state(module)
-    kinds = {name: target.dtype for name, target in targets.items()}
     wide = torch.float64 if len(members) > 50 else torch.float32
+    first_name = {id(target): name for name, target in reversed(targets.items())}
+    streams = [networks.weights(member) for member in members]
     with torch.no_grad():
-        for count, member in enumerate(members):
-            done: set[int] = set()
-            for key, new in networks.weights(member):
+        for _ in range(len(targets)):
+            mean = torch.empty(0)
+            for count, stream in enumerate(streams):
+                key, new = next(stream)
                 name = _name(key, targets)
-                target = targets[name]
-                if id(target) in done:
-                    continue
-                done.add(id(target))
+                weights = (shares or {}).get(name, [1.0] * len(members))
                 if count == 0:
-                    if target.is_floating_point() and len(members) > 1:
-                        target.data = target.data.to(wide)
-                    target.copy_(new)
-                elif target.is_floating_point():
-                    weights = shares[name] if shares is not None else [1.0] * len(members)
-                    running_mean(target, new, sum(weights[:count]), weights[count], out=target)
-        for name, target in targets.items():
-            target.data = target.data.to(kinds[name])
+                    mean = new.to(wide, copy=True) if new.is_floating_point() else new
+                elif new.is_floating_point():
+                    running_mean(mean, new, sum(weights[:count]), weights[count], out=mean)
+            if first_name[id(targets[name])] == name:
+                targets[name].copy_(mean)
 
 
 def _state(module: nn.Module) -> dict[str, Tensor]:
