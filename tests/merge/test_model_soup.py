@@ -539,8 +539,10 @@ def test_bad_data_and_settings(turned: Network, colors: Dataset) -> None:
         with pytest.raises(BadInput, match=said):
             model_soup(**{"networks": near(turned, 2), "validation": colors, "barriers": False, **wrong})
     normed = Network(nn.Sequential(nn.Flatten(), nn.BatchNorm1d(768), nn.Linear(768, 3)), ImageInput((16, 16)), labels=COLORS)
+    other = normed.copy()
+    other.module[1].running_mean += 1
     with pytest.raises(BadInput, match="unlabelled has one row"):
-        model_soup([normed, normed], colors, as_data([Image.new("RGB", (16, 16))]))
+        model_soup([normed, other], colors, as_data([Image.new("RGB", (16, 16))]))
 
 
 def test_learned_says_when_memory_does_not_hold_the_networks(turned: Network, colors: Dataset, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -592,3 +594,16 @@ def test_on_a_gpu_in_bfloat16(family: list[Network], colors: Dataset) -> None:
 def test_same_structure_gives_the_records(family: list[Network]) -> None:
     records = same_structure(Networks(family), family[0].module)
     assert [record["fingerprint"] for record in records] == [each.fingerprint for each in family]
+
+
+def test_shared_statistics_of_batch_norm_are_kept(colors: Dataset) -> None:
+    normed = Network(nn.Sequential(nn.Flatten(), nn.BatchNorm1d(768), nn.Linear(768, 3)), ImageInput((16, 16)), labels=COLORS)
+    several = [normed.copy() for _ in range(3)]
+    for number, each in enumerate(several):
+        with torch.no_grad():
+            each.module[2].bias += 0.01 * number
+    soup = model_soup(several, colors, recipe="uniform", barriers=False)
+    assert torch.equal(soup.module[1].running_var, normed.module[1].running_var)
+    several[2].module[1].running_var *= 2
+    soup = model_soup(several, colors, recipe="uniform", barriers=False)
+    assert not torch.equal(soup.module[1].running_var, normed.module[1].running_var)

@@ -180,6 +180,20 @@ def norm_layers(module: nn.Module) -> list[Any]:
     return [layer for layer in module.modules() if isinstance(layer, nn.modules.batchnorm._BatchNorm) and layer.running_mean is not None]
 
 
+def statistics_differ(networks: Networks, module: nn.Module) -> bool:
+    """Whether the running statistics of batch norm are not those of `module` in all networks.
+
+    Fine-tunings that kept their statistics share them, and need them: none of their weights were trained with re-estimated ones.
+    """
+    found = {id(part) for layer in norm_layers(module) for part in (layer.running_mean, layer.running_var)}
+    shared = {name: tensor for name, tensor in _state(module).items() if id(tensor) in found}
+    return any(
+        (name := _name(key, shared)) in shared and not torch.equal(tensor.to(shared[name].device), shared[name])
+        for i in range(len(networks) if shared else 0)
+        for key, tensor in networks.weights(i)
+    )
+
+
 def reestimate_norm(network: Network, data: Dataset, *, batch_size: int = 128) -> None:
     """Give the batch-norm layers the means and variances that they see on `data`, in place; labels are not read.
 
@@ -382,7 +396,8 @@ def model_soup(
     recipe: greedy keeps a network when the score does not fall; uniform keeps all; learned trains mixing weights and holds all in memory.
     metric: what greedy goes by, on validation; log_loss counts negated.
     tie: what greedy does with a network that leaves the score as it was: accept (the paper) or reject (the authors' code).
-    refresh_norm: re-estimate the statistics of batch norm for each average, since the mean of variances is not the variance of the mean.
+    refresh_norm: re-estimate the statistics of batch norm for each average, since the mean of variances is not the variance of the mean; not done
+        when all networks have the same ones, as fine-tunings with frozen statistics do.
     barriers: try the midpoints of pairs first, and refuse networks that lie in different basins.
     per_tensor: learned mixing weights are for each tensor of each network; no: for each network.
     epochs, learning_rate: of the learned mixing weights.
@@ -403,7 +418,8 @@ def model_soup(
     records = same_structure(several, soup.module)
     rng = np.random.default_rng(seed)
     source = validation if unlabelled is None else unlabelled
-    norm = subset(source, rng.permutation(len(source))[:NORM_ROWS]) if refresh_norm and norm_layers(soup.module) else None
+    chosen = rng.permutation(len(source))[:NORM_ROWS]
+    norm = subset(source, chosen) if refresh_norm and statistics_differ(several, soup.module) else None
     if norm is not None and len(norm) < 2:
         raise BadInput("unlabelled has one row, and batch norm needs several: give more, or set refresh_norm to no")
     rows = np.sort(rng.permutation(len(validation))[:BARRIER_ROWS])
