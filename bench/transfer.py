@@ -29,7 +29,7 @@ from wellread.network import Network
 
 QUICK = "--quick" in sys.argv
 SEEDS = [0] if QUICK else [0, 1, 2]
-ROWS, EPOCHS, SIDE, SIDE_CHECKS = (60, 1, 64, 48) if QUICK else (320, 4, 96, 64)
+ROWS, EPOCHS, SIDE, SIDE_CHECKS = (60, 1, 64, 48) if QUICK else (320, 4, 80, 64)
 PHOTOS = 120 if QUICK else 600
 COPIES = 30 if QUICK else 150
 
@@ -85,14 +85,16 @@ def chest(seed: int) -> None:
     started = time.time()
     tuned = transfer(networks, train, validation, **common)
     note("fine_tune_seconds", time.time() - started)
+    renormed = transfer(networks[:1], train, validation, keep_norm=False, **common)
     plain = transfer(networks[:1], train, validation, augment="none", **common)
     lite0 = transfer(networks[:1], train, validation, mode="probe", **common)
     with torch.random.fork_rng():
         torch.manual_seed(seed)
         fresh = wellread.load("efficientnet-lite0", pretrained=False)
-    random = transfer([fresh], train, validation, **common | {"learning_rate": 1e-3})
+    random = transfer([fresh], train, validation, keep_norm=False, **common | {"learning_rate": 1e-3})
     random_probe = transfer([fresh], train, validation, mode="probe", **common)
-    named = {"fine_tuned": tuned, "probe": probe, "probe_lite0": lite0, "unaugmented_lite0": plain, "random_start": random, "random_probe": random_probe}
+    named = {"fine_tuned": tuned, "probe": probe, "probe_lite0": lite0, "unaugmented_lite0": plain, "updated_norms_lite0": renormed}
+    named |= {"random_start": random, "random_probe": random_probe}
     for name, network in named.items():
         tested(name, network, test)
     better = max((tuned, probe), key=lambda each: each.measured[0]["metrics"]["balanced_accuracy"])  # chosen on validation
@@ -222,7 +224,7 @@ if __name__ == "__main__":
         for expect in EXPECTS:
             print(expect.result(figures))
     else:
-        baselines = {name: figures.pop(name) for name in [each for each in figures if each.startswith(("random_", "unaugmented_", "one_at_a_time"))]}
+        baselines = {name: figures.pop(name) for name in [each for each in figures if each.startswith(("random_", "unaugmented_", "updated_norms_", "one_at_a_time"))]}
         record(
             "transfer",
             figures=figures,

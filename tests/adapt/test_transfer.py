@@ -433,6 +433,7 @@ def test_one_that_fails_does_not_stop_the_others():
     board = found.reports["transfer"].tables["leaderboard"]
     assert [row["network"] for row in board] == ["timm/test_resnet", "timm/test_vit"]
     assert "cannot take pictures of 48 x 48" in board[1]["failed"]
+    assert found.reports["transfer"].warnings == ["timm/test_vit could not be adapted: " + board[1]["failed"]]
     assert found.input.size == (48, 48) and found.input.crop == 1.0 and board[0]["pixels"] == "48 x 48"
     with pytest.raises(BadInput, match="cannot take pictures of 48"):
         transfer([fixed], TRAIN, VALIDATION, mode="probe", size=48)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import json
+import os
 import subprocess
 import sys
 from collections.abc import Sequence
@@ -371,6 +371,15 @@ def test_text(tmp_path: Path) -> None:
     assert soup.reports["soup"].figures["networks kept"] == 3 and states_equal(soup.module, given[0].module)
     soup.save(tmp_path / "soup")
     assert wellread.load(tmp_path / "soup").fingerprint == soup.fingerprint
+    folders = [str(tmp_path / f"transformers-{i}") for i in (0, 1)]  # as its Trainer leaves them
+    for folder, fill_value in zip(folders, (1.0, 4.0), strict=True):
+        model = given[0].module.model
+        model.config.id2label = {0: "n", 1: "p"}
+        model.classifier.bias.data.fill_(fill_value)
+        model.save_pretrained(folder)
+        tokenizer.save_pretrained(folder)
+    soup = model_soup(folders, opinions, recipe="uniform")
+    assert soup.module.model.classifier.bias.tolist() == [2.5, 2.5] and soup.reports["soup"].tables["networks"][1]["network"] == folders[1]
 
 
 def test_a_single_network_comes_back_with_a_warning(turned: Network, colors: Dataset) -> None:
@@ -575,12 +584,14 @@ print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 - before)
 @pytest.mark.slow
 @pytest.mark.parametrize("recipe", ["uniform", "greedy"])
 def test_memory_does_not_grow_with_the_number_of_networks(recipe: str, tmp_path: Path) -> None:
-    network = wellread.load("timm/vit_base_patch16_224", pretrained=False).with_head(["a", "b"])
+    network = wellread.load("timm/vit_base_patch16_224", pretrained=False, img_size=32).with_head(["a", "b"])
+    network.input = network.input.changed(size=(32, 32))
     size = (network.save(tmp_path / "n") / WEIGHTS).stat().st_size
     for count in (2, 8):
-        done = subprocess.run([sys.executable, "-c", MEASURE, str(tmp_path / "n"), str(count), recipe], capture_output=True, text=True)
+        command = [sys.executable, "-c", MEASURE, str(tmp_path / "n"), str(count), recipe]
+        done = subprocess.run(command, capture_output=True, text=True, env=os.environ | {"OMP_NUM_THREADS": "1"})
         assert done.returncode == 0, done.stderr
-        assert int(done.stdout.split()[-1]) <= 2.2 * size, (count, json.dumps(int(done.stdout.split()[-1]) / size))
+        assert int(done.stdout.split()[-1]) / size <= 2.2, count
 
 
 @pytest.mark.gpu
@@ -592,7 +603,7 @@ def test_on_a_gpu_in_bfloat16(family: list[Network], colors: Dataset) -> None:
 
 
 def test_same_structure_gives_the_records(family: list[Network]) -> None:
-    records = same_structure(Networks(family), family[0].module)
+    records = same_structure(Networks(family), family[0].module, ["a", "b", "c"])
     assert [record["fingerprint"] for record in records] == [each.fingerprint for each in family]
 
 

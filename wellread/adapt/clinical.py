@@ -98,7 +98,9 @@ def _weighted_auroc(scores: np.ndarray, positive: np.ndarray, weight: np.ndarray
 
 
 def operating_point(scores: np.ndarray, positive: np.ndarray, sensitivity: float) -> float:
-    """The highest threshold t at which `scores >= t` finds at least this share of the positives."""
+    """The highest threshold t at which `scores >= t` [N] finds at least this share of the positives, bool [N]; a half when there are none."""
+    if not positive.any():
+        return 0.5
     found = np.sort(scores[positive])[::-1]
     return float(found[max(1, math.ceil(sensitivity * len(found) - 1e-9)) - 1])
 

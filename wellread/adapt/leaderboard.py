@@ -37,11 +37,6 @@ class Trial:
     histories: list[History] = field(default_factory=list)
 
 
-def threshold(scores: np.ndarray, positive: np.ndarray, sensitivity: float) -> float:
-    """The operating point of scores [N] for rows that are positive bool [N], and a half when none is."""
-    return clinical.operating_point(scores, positive, sensitivity) if positive.any() else 0.5
-
-
 def report_of(
     trials: list[Trial],
     failed: dict[str, str],
@@ -54,6 +49,7 @@ def report_of(
     groups: np.ndarray | None,
     mode: str,
 ) -> Report:
+    """The findings of all trials, best first, on the rows `judged`; `fold_of` [rows of the table] when they were judged in folds."""
     from sklearn.metrics import auc, roc_curve
 
     truth, names, best = judged.labels, judged.names, trials[0]
@@ -71,7 +67,7 @@ def report_of(
     }
     if positive is not None and best.said is not None:
         found = clinical.rates(best.said, truth == positive)
-        limit = threshold(p[:, positive], truth == positive, target)
+        limit = clinical.operating_point(p[:, positive], truth == positive, target)
         figures |= {"threshold": limit, "sensitivity": found["sensitivity"], "specificity": found["specificity"]}
         tables["operating point"] = [{"positive class": names[positive], "target_sensitivity": target, "threshold": limit} | found]
     if len(trials) > 1:
@@ -100,7 +96,8 @@ def report_of(
         if scores:
             pictures[f"{metric} after each epoch of training, on the rows that stop it"] = line_chart(scores, x="epoch", y=metric.replace("_", " "))
     title = f"{'Fine-tuning' if mode == 'fine-tune' else 'Linear probing'} on {name_of(judged.table)}"
-    return Report(title, figures, tables, _words(trials, failed, judged, fold_of, metric), pictures)
+    warnings = [f"{name} could not be adapted: {why}" for name, why in failed.items()]
+    return Report(title, figures, tables, _words(trials, failed, judged, fold_of, metric), pictures, warnings)
 
 
 def _line(trial: Trial, truth: np.ndarray, groups: np.ndarray | None) -> dict[str, Any]:

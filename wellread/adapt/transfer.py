@@ -19,7 +19,8 @@ from datasets import Dataset
 from torch import Tensor, nn
 
 from wellread import runtime
-from wellread.adapt.leaderboard import Trial, checked, report_of, threshold
+from wellread.adapt import clinical
+from wellread.adapt.leaderboard import Trial, checked, report_of
 from wellread.adapt.probe import Probe, class_weights, fit_probe
 from wellread.adapt.splits import Part, group_of, splits_of
 from wellread.batches import network_batches
@@ -190,7 +191,7 @@ def _tried(
             stop_logits = trial.logits[rows] if stop is judged else predict(adapted, stop.data)
         trial.scores.append(_score(trial.logits[rows], judged.labels, metric))
         if positive is not None and trial.said is not None:
-            limit = threshold(probabilities(stop_logits)[:, positive], stop.labels == positive, target_sensitivity)
+            limit = clinical.operating_point(probabilities(stop_logits)[:, positive], stop.labels == positive, target_sensitivity)
             trial.said[rows] = probabilities(trial.logits[rows])[:, positive] >= limit
         if number == 1:
             pixels = {"pixels": "{} x {}".format(*network.input.size)} if isinstance(network.input, ImageInput) else {}

@@ -88,10 +88,13 @@ def class_logit(output: Tensor, classes: Tensor | None = None) -> tuple[Tensor, 
 
 
 class Evidence(NamedTuple):
-    activations: dict[str, Tensor]  # [B, C, h, w] by layer, in the order in which the layers ran; only layers that give a map
-    gradients: dict[str, Tensor]  # of the logit, in the same shapes
-    logit: Tensor  # [B]
-    classes: Tensor  # int64 [B]
+    """Of one batch: `activations` [B, C, h, w] by layer, in the order in which the layers ran, only those that give a map; `gradients` of the
+    `logit` [B] in the same shapes; `classes` int64 [B] that the logits speak for."""
+
+    activations: dict[str, Tensor]
+    gradients: dict[str, Tensor]
+    logit: Tensor
+    classes: Tensor
 
 
 def evidence(network: Network, images: Tensor, layers: Sequence[str], classes: Tensor | None = None) -> Evidence:
@@ -149,7 +152,7 @@ def _tapped(module: nn.Module, layers: Sequence[str]) -> Iterator[dict[str, Tens
 def last_map(network: Network, images: Tensor, classes: Tensor | None = None) -> str:
     """The last layer whose output is a map on which the class depends. Behind a class token the patches of the last block do not count.
 
-    Raises `BadInput` when there is none.
+    images: [B, C, H, W], a few. Raises `BadInput` when there is none.
     """
     found = evidence(network, images, trunk(network.module), classes)
     for name, gradient in reversed(found.gradients.items()):

@@ -5,9 +5,11 @@ from __future__ import annotations
 import json
 import os
 import re
+import tempfile
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from itertools import combinations
+from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
@@ -25,7 +27,7 @@ from wellread.errors import BadInput
 from wellread.evaluate import metrics, predict
 from wellread.features import running, to_device
 from wellread.method import known_classes, method
-from wellread.network import Network, Networks
+from wellread.network import CONFIG, Network, Networks
 from wellread.results import Report
 from wellread.train import fit
 
@@ -91,6 +93,12 @@ def _name(key: str, known: Mapping[str, Any]) -> str:
     return key if key in known else key.removeprefix("module.")
 
 
+def _readable(networks: Networks, folder: str) -> Networks:
+    """Networks that can be read tensor by tensor: those of other formats than ours are written into `folder`."""
+    ours = [isinstance(each, Network) or (Path(each) / CONFIG).is_file() for each in networks.given]
+    return Networks([each if ours[i] else networks[i].save(Path(folder) / str(i)) for i, each in enumerate(networks.given)])
+
+
 def _plain(network: Network) -> Network:
     """An independent copy, out of torch.compile and DataParallel."""
     module: Any = network.module
@@ -104,7 +112,7 @@ def _plain(network: Network) -> Network:
 # --- what may be averaged
 
 
-def same_structure(networks: Networks, module: nn.Module) -> list[dict[str, Any]]:
+def same_structure(networks: Networks, module: nn.Module, names: Sequence[str]) -> list[dict[str, Any]]:
     """Read every network once; the record of each. Raises `BadInput` when they cannot be averaged into `module`, which holds the first.
 
     Named are the networks and what differs (architecture, edits, output, labels, input) or the first tensor that is missing, of another shape
@@ -113,7 +121,7 @@ def same_structure(networks: Networks, module: nn.Module) -> list[dict[str, Any]
     known = _state(module)
     records: list[dict[str, Any]] = []
     for i in range(len(networks)):
-        who, pair = networks.name(i), f"{networks.name(i)} and {networks.name(0)} cannot be averaged"
+        who, pair = names[i], f"{names[i]} and {names[0]} cannot be averaged"
         records.append(networks.record(i))
         for part in ("architecture", "edits", "output", "labels", "input"):
             mine, theirs = (json.dumps(_comparable(record[part]), sort_keys=True) for record in (records[i], records[0]))
@@ -183,7 +191,7 @@ def norm_layers(module: nn.Module) -> list[Any]:
 def statistics_differ(networks: Networks, module: nn.Module) -> bool:
     """Whether the running statistics of batch norm are not those of `module` in all networks.
 
-    Fine-tunings that kept their statistics share them, and need them: none of their weights were trained with re-estimated ones.
+    Fine-tunings that kept their statistics share them, and need them: re-estimated ones would be none that any of their weights were trained with.
     """
     found = {id(part) for layer in norm_layers(module) for part in (layer.running_mean, layer.running_var)}
     shared = {name: tensor for name, tensor in _state(module).items() if id(tensor) in found}
@@ -412,10 +420,12 @@ def model_soup(
     """
     several = networks if isinstance(networks, Networks) else Networks(networks)
     names, everyone = [several.name(i) for i in range(len(several))], list(range(len(several)))
+    scratch = tempfile.TemporaryDirectory()  # goes with the function
+    several = _readable(several, scratch.name)
     soup = _plain(several[0]) if isinstance(several.given[0], Network) else several[0]  # one that is just loaded needs no copy
     soup.measured, soup.reports, warned = [], {}, []
     known_classes(soup, validation, "validation")
-    records = same_structure(several, soup.module)
+    records = same_structure(several, soup.module, names)
     rng = np.random.default_rng(seed)
     source = validation if unlabelled is None else unlabelled
     chosen = rng.permutation(len(source))[:NORM_ROWS]
