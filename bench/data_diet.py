@@ -12,6 +12,7 @@ import tempfile
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -34,6 +35,7 @@ from wellread.train import fit
 
 SEEDS = (0, 1, 2)
 SIZE, ROWS, TEST_ROWS = 96, 8000, 4000
+CURVE: dict[str, Any] = {"classes": 10, "epochs": 6, "batch_size": 128}
 
 EXPECTS = [
     Expect("flipped labels: area under the ROC curve of EL2N", "noise_auroc_el2n", 0.90),
@@ -65,7 +67,7 @@ def fitted(x: Tensor, y: Tensor, epochs: int, seed: int) -> nn.Module:
     network = head(x.shape[1], 10, 256)
     batches = tensor_batches({"inputs": x, "label": y}, batch_size=64, shuffle=True, seed=seed)
     step = lambda module, batch: nn.functional.cross_entropy(module(batch["inputs"]), batch["label"])  # noqa: E731
-    fit(network, batches, step, epochs=epochs, learning_rate=3e-3, schedule="constant", seed=seed)
+    fit(network, batches, step, epochs=epochs, learning_rate=1e-3, schedule="constant", seed=seed)
     return network.eval()
 
 
@@ -178,9 +180,9 @@ def main(quick: bool) -> None:
         taken.append(time.perf_counter() - began)
         transfer.append(float(spearmanr(scores.values, data_diet(second, data, seed=seed).values).statistic))
         halves.append(float(scores.figures["agreement of two halves of the runs"]))
-        curves.append(pruning_curve(scores, train_table, test_table, classes=10, seed=seed))
+        curves.append(pruning_curve(scores, train_table, test_table, seed=seed, **CURVE))
         untrained = data_diet(first, data, score="grand", epochs=0, seed=seed)
-        [_, row] = pruning_curve(untrained, train_table, test_table, classes=10, fractions=(0.5,), rules=("hardest",), seed=seed)
+        [_, row] = pruning_curve(untrained, train_table, test_table, fractions=(0.5,), rules=("hardest",), seed=seed, **CURVE)
         chosen.append(row["hardest"])
 
     ours = ("el2n", "grand", "agreement", "precision")
@@ -210,7 +212,7 @@ def main(quick: bool) -> None:
             "scores find wrong labels",
             "GraNd before training is no better than chance",
         ],
-        sizes={"train": rows, "test": test_rows, "side": SIZE, "runs": 5, "epochs": 3, "epochs of the judged heads": 10, "flipped": 0.1},
+        sizes={"train": rows, "test": test_rows, "side": SIZE, "runs": 5, "epochs": 3, "epochs of the judged heads": CURVE["epochs"], "flipped": 0.1},
         seeds=seeds,
         notes=[
             f"random parts beat the hardest from this share downwards, by seed: {crossed}; of the means: {crossing(mean)}",

@@ -18,6 +18,7 @@ from sklearn.metrics import roc_auc_score
 from torch import Tensor, nn
 
 import wellread
+from wellread import runtime
 from wellread.data import joined, labels, load_data, subset
 from wellread.errors import BadInput
 from wellread.families import Transformer
@@ -342,6 +343,19 @@ def test_a_saved_result_comes_back_in_a_new_process(tmp_path: Path) -> None:
     run = subprocess.run([sys.executable, "-c", code, str(tmp_path / "scores")], capture_output=True, text=True, check=True)
     assert run.stdout.strip() == f"{found.values.tobytes().hex()} {found.figures} {found.keep(0.3).tolist()}"
     assert load_result(tmp_path / "scores").columns == found.columns
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("name", ["resnet", "vit"])
+def test_on_a_gpu(name: str) -> None:
+    network, train = tiny(name), colors([12, 12])
+    settings: dict[str, Any] = {"score": "grand", "runs": 2, "epochs": 3, "batch_size": 8}
+    here = data_diet(network, train, **settings)
+    for whole in (False, True):
+        with runtime.using(device="cuda", precision="bfloat16"):
+            there = data_diet(network, train, train_all=whole, **settings)
+        assert np.isfinite(there.values).all() and network.device.type == "cpu"
+        assert whole or np.corrcoef(here.values, there.values)[0, 1] > 0.9
 
 
 def test_random_numbers_are_the_callers() -> None:

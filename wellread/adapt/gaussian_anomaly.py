@@ -79,7 +79,10 @@ def ledoit_wolf(variances: Tensor, rows: int, fourth: float) -> float:
 
 
 def oas(variances: Tensor, rows: int) -> float:
-    """The same of the oracle approximating shrinkage (Chen et al. 2010, arXiv 0907.4698, equation 23 without 2 / d); needs no fourth moments."""
+    """The same, 0 to 1, of the oracle approximating shrinkage (Chen et al. 2010, arXiv 0907.4698, equation 23 without its 2 / d).
+
+    variances: [d] eigenvalues of the covariance of `rows` rows. It needs no fourth moments.
+    """
     norm, squared_trace = float(variances.square().sum()), float(variances.sum()) ** 2
     spread = (rows + 1) * (norm - squared_trace / len(variances))
     return min((norm + squared_trace) / spread, 1.0) if spread > 0 else 1.0

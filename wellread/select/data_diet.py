@@ -138,7 +138,7 @@ def data_diet(
     epochs: passes over the data before scoring; 0 scores untrained heads, which says little.
     train_all: False trains new heads on the frozen features, in seconds; True fine-tunes all layers in each run.
     hidden: width of the hidden layer of the heads on frozen features; 0 makes them linear.
-    learning_rate: of AdamW, constant; None is 0.003 for heads and 0.0001 for whole networks.
+    learning_rate: of AdamW, constant; None is 0.001 for heads and 0.0001 for whole networks.
     batch_size: examples per step.
     size: side of the square that pictures are resized to, in pixels; by default the network's own input.
     augment: of the pictures in training with train_all; scores are always taken on the pictures as they are.
@@ -156,7 +156,7 @@ def data_diet(
     network = _sized(network, size)
     given = [train] if validation is None else [train, validation]
     frozen = [] if train_all and validation is None else tables(network, *given)
-    rate = learning_rate or (1e-4 if train_all else 3e-3)
+    rate = learning_rate or (1e-4 if train_all else 1e-3)
 
     def fresh() -> Network:
         if train_all:

@@ -68,7 +68,7 @@ def pruning_curve(
     rules: Sequence[Rule] = RULES,
     hidden: int = 256,
     epochs: int = 10,
-    learning_rate: float = 3e-3,
+    learning_rate: float = 1e-3,
     batch_size: int = 64,
     seed: int = 0,
 ) -> list[dict[str, float]]:
