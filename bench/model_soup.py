@@ -25,11 +25,13 @@ from torch.nn import functional as F
 from bench.cifar_resnet import network
 from bench.harness import Expect, record
 from wellread import Network, load_data
+from wellread.averages import fill
 from wellread.batches import network_batches
 from wellread.data import labels, rename, subset
 from wellread.evaluate import predict, score
-from wellread.merge.model_soup import fill, model_soup, reestimate_norm
+from wellread.merge.model_soup import model_soup
 from wellread.network import Networks
+from wellread.norm import reestimate_norm
 from wellread.train import fit
 
 QUICK = "--quick" in sys.argv

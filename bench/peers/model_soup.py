@@ -42,11 +42,11 @@ EXPECTS = [
 ]
 OURS = """
 import sys, tempfile
-from wellread.merge.model_soup import _readable, fill, same_structure
+from wellread.averages import fill, readable, same_structure
 from wellread.network import Networks
 given = Networks(sys.argv[2:])
 place = tempfile.TemporaryDirectory(dir=sys.argv[1] + "/..")
-networks = _readable(given, place.name)
+networks = readable(given, place.name)
 soup = networks[0]
 same_structure(networks, soup.module, [given.name(i) for i in range(len(given))])
 fill(soup.module, networks, range(len(networks)))

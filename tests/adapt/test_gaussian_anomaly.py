@@ -23,7 +23,6 @@ from wellread import runtime
 from wellread.adapt.gaussian_anomaly import (
     AnomalyScore,
     Gaussian,
-    Moments,
     anomaly_map,
     chi_square_threshold,
     conformal_threshold,
@@ -33,6 +32,7 @@ from wellread.adapt.gaussian_anomaly import (
     select,
     whitening,
 )
+from wellread.covariance import Moments
 from wellread.data import as_data
 from wellread.errors import BadInput
 from wellread.evaluate import evaluate, predict

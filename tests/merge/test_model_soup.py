@@ -17,13 +17,15 @@ from torch import Tensor, nn
 
 import wellread
 from wellread import ImageInput, Network, TextInput, families, runtime
+from wellread.averages import fill, interpolate, running_mean, same_structure
 from wellread.cli import main
 from wellread.data import as_data, subset
 from wellread.errors import BadInput
 from wellread.evaluate import predict, score
 from wellread.merge import model_soup
-from wellread.merge.model_soup import Mixture, collapsed, fill, greedy, interpolate, learned, midpoints, reestimate_norm, running_mean, same_structure
+from wellread.merge.model_soup import Mixture, collapsed, greedy, learned, midpoints
 from wellread.network import WEIGHTS, Networks
+from wellread.norm import reestimate_norm
 
 COLORS = ("blue", "green", "red")
 

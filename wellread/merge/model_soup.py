@@ -4,12 +4,10 @@ from __future__ import annotations
 
 import json
 import os
-import re
 import tempfile
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from itertools import combinations
-from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
@@ -20,14 +18,15 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from wellread import runtime
+from wellread.averages import fill, plain_copy, plain_name, readable, same_structure, state_of
 from wellread.batches import network_batches
 from wellread.charts import bar_chart
 from wellread.data import Labelled, Unlabelled, class_names, fingerprint, labels, name_of, subset
 from wellread.errors import BadInput
 from wellread.evaluate import metrics, predict
-from wellread.features import running, to_device
 from wellread.method import known_classes, method
-from wellread.network import CONFIG, Network, Networks
+from wellread.network import Network, Networks
+from wellread.norm import norm_layers, reestimate_norm, statistics_differ
 from wellread.results import Report
 from wellread.train import fit
 
@@ -35,127 +34,7 @@ NORM_ROWS = 1024  # enough for means and variances over images and places
 BARRIER_ROWS = 512  # a collapse is seen on few examples
 BARRIER_NETWORKS = 12  # with more networks than this, only the pairs with the best one are tried
 
-# --- averages
-
-
-def running_mean(mean: Tensor, new: Tensor, before: float, weight: float = 1.0, *, out: Tensor | None = None) -> Tensor:
-    """Mean of what had the total weight `before` and of `new`, which has `weight`. Tensors of one shape; the dtype of `mean`, float32 or float64.
-
-    One step of algorithm 1: mean * m / (m + 1) + new / (m + 1) with `before` = m. Equal tensors give themselves to the bit, for any m.
-    """
-    return torch.lerp(mean, new.to(mean), weight / (before + weight) if weight else 0.0, out=out)
-
-
-def interpolate(first: Mapping[str, Tensor], second: Mapping[str, Tensor], amount: float) -> dict[str, Tensor]:
-    """(1 - amount) * first + amount * second, two states of one network; at 0 and 1 the end points to the bit. Whole numbers are those of `first`."""
-    mixed = {}
-    for name, start in first.items():
-        wide = torch.promote_types(start.dtype, torch.float32) if start.is_floating_point() else start.dtype
-        mixed[name] = running_mean(start.to(wide), second[name], 1 - amount, amount).to(start.dtype) if start.is_floating_point() else start.clone()
-    return mixed
-
-
-def fill(module: nn.Module, networks: Networks, members: Sequence[int], shares: Mapping[str, Sequence[float]] | None = None) -> None:
-    """Put the average of the `members` (numbers in `networks`) into `module`, in place.
-
-    shares: {tensor: one weight for each member}, for tensors that are not weighted equally. Summed in float32, in float64 for more than 50
-    members, then cast back; whole numbers and truth values are those of the first member; tied tensors are averaged once and stay tied.
-    Beside `module` two tensors are in memory at a time, whatever the number of members.
-    """
-    targets = _state(module)
-    wide = torch.float64 if len(members) > 50 else torch.float32
-    first_name = {id(target): name for name, target in reversed(targets.items())}
-    streams = [networks.weights(member) for member in members]
-    with torch.no_grad():
-        for _ in range(len(targets)):
-            mean = torch.empty(0)
-            for count, stream in enumerate(streams):
-                key, new = next(stream)
-                name = _name(key, targets)
-                weights = (shares or {}).get(name, [1.0] * len(members))
-                if count == 0:
-                    mean = new.to(wide, copy=True) if new.is_floating_point() else new
-                elif new.is_floating_point():
-                    running_mean(mean, new, sum(weights[:count]), weights[count], out=mean)
-            if first_name[id(targets[name])] == name:
-                targets[name].copy_(mean)
-
-
-def _state(module: nn.Module) -> dict[str, Tensor]:
-    """The tensors themselves, not copies, under the names that they have without torch.compile."""
-    found = module.state_dict(keep_vars=True)
-    return {name.replace("_orig_mod.", ""): tensor for name, tensor in found.items() if isinstance(tensor, Tensor)}
-
-
-def _name(key: str, known: Mapping[str, Any]) -> str:
-    """`key` without what torch.compile and DataParallel put before it."""
-    key = key.replace("_orig_mod.", "")
-    return key if key in known else key.removeprefix("module.")
-
-
-def _readable(networks: Networks, folder: str) -> Networks:
-    """Networks that can be read tensor by tensor: those of other formats than ours are written into `folder`."""
-    ours = [isinstance(each, Network) or (Path(each) / CONFIG).is_file() for each in networks.given]
-    return Networks([each if ours[i] else networks[i].save(Path(folder) / str(i)) for i, each in enumerate(networks.given)])
-
-
-def _plain(network: Network) -> Network:
-    """An independent copy, out of torch.compile and DataParallel."""
-    module: Any = network.module
-    while isinstance(module, nn.DataParallel | nn.parallel.DistributedDataParallel) or hasattr(module, "_orig_mod"):
-        module = module.module if hasattr(module, "module") else module._orig_mod
-    if module is network.module:
-        return network.copy()
-    return Network(module, network.input, None, network.labels, network.output, lineage=network.lineage).copy()
-
-
-# --- what may be averaged
-
-
-def same_structure(networks: Networks, module: nn.Module, names: Sequence[str]) -> list[dict[str, Any]]:
-    """Read every network once; the record of each. Raises `BadInput` when they cannot be averaged into `module`, which holds the first.
-
-    Named are the networks and what differs (architecture, edits, output, labels, input) or the first tensor that is missing, of another shape
-    or dtype, not finite, or of whole numbers that differ (quantised weights; the counters of batch norm may differ).
-    """
-    known = _state(module)
-    records: list[dict[str, Any]] = []
-    for i in range(len(networks)):
-        who, pair = names[i], f"{names[i]} and {names[0]} cannot be averaged"
-        records.append(networks.record(i))
-        for part in ("architecture", "edits", "output", "labels", "input"):
-            mine, theirs = (json.dumps(_comparable(record[part]), sort_keys=True) for record in (records[i], records[0]))
-            if mine != theirs and "null" not in (mine, theirs):  # null: not known
-                raise BadInput(f"{pair}, their {part} differ ({mine[:60]}, {theirs[:60]}): give fine-tunings of one network")
-        missing = set(known)
-        for key, tensor in networks.weights(i, verify=True):
-            name = _name(key, known)
-            missing.discard(name)
-            if re.search(r"(^|[._])lora[._]?(a|b|up|down|embedding)", name, re.IGNORECASE):
-                raise BadInput(f"{who} has an adapter beside its weights ({name!r}), whose factors must not be averaged: merge it into them first")
-            if name not in known or _kind(tensor) != _kind(known[name]):
-                theirs = _kind(known[name]) if name in known else "missing"
-                raise BadInput(f"{pair}, their tensors {name!r} differ ({_kind(tensor)}, {theirs}): give fine-tunings of one network")
-            if tensor.is_floating_point():
-                if not tensor.sum().isfinite() and not tensor.isfinite().all():  # the sum needs no second tensor
-                    raise BadInput(f"{who} is damaged, its tensor {name!r} holds values that are not finite: leave it out")
-            elif not name.endswith("num_batches_tracked") and not torch.equal(tensor.to(known[name].device), known[name]):
-                raise BadInput(f"{pair}, the whole numbers in their tensors {name!r} differ: give fine-tunings that are not quantised")
-        if missing:
-            name = min(missing)
-            raise BadInput(f"{pair}, their tensors {name!r} differ (missing, {_kind(known[name])}): give fine-tunings of one network")
-    return records
-
-
-def _kind(tensor: Tensor) -> str:
-    return f"{list(tensor.shape)} {str(tensor.dtype).removeprefix('torch.')}"
-
-
-def _comparable(part: Any) -> Any:
-    """Without what a sweep may change (dropout rates) and what is only a note."""
-    if isinstance(part, Mapping):
-        return {key: _comparable(value) for key, value in part.items() if "drop" not in key and not key.startswith(("_", "transformers_version"))}
-    return part
+# --- basins
 
 
 def midpoints(count: int, accuracy: Callable[[list[int]], float]) -> np.ndarray:
@@ -181,44 +60,6 @@ def collapsed(accuracies: np.ndarray, chance: float) -> np.ndarray:
     lower = np.minimum.outer(accuracies.diagonal(), accuracies.diagonal())
     lost = lower - np.maximum(accuracies, chance)
     return (lost > 0.1) & (lost > (lower - chance) / 2)
-
-
-def norm_layers(module: nn.Module) -> list[Any]:
-    """The batch-norm layers that keep running statistics."""
-    return [layer for layer in module.modules() if isinstance(layer, nn.modules.batchnorm._BatchNorm) and layer.running_mean is not None]
-
-
-def statistics_differ(networks: Networks, module: nn.Module) -> bool:
-    """Whether the running statistics of batch norm are not those of `module` in all networks.
-
-    Fine-tunings that kept their statistics share them, and need them: re-estimated ones would be none that any of their weights were trained with.
-    """
-    found = {id(part) for layer in norm_layers(module) for part in (layer.running_mean, layer.running_var)}
-    shared = {name: tensor for name, tensor in _state(module).items() if id(tensor) in found}
-    return any(
-        (name := _name(key, shared)) in shared and not torch.equal(tensor.to(shared[name].device), shared[name])
-        for i in range(len(networks) if shared else 0)
-        for key, tensor in networks.weights(i)
-    )
-
-
-def reestimate_norm(network: Network, data: Dataset, *, batch_size: int = 128) -> None:
-    """Give the batch-norm layers the means and variances that they see on `data`, in place; labels are not read.
-
-    As torch.optim.swa_utils.update_bn, but all other layers stay in evaluation mode, so dropout does not widen the variances.
-    """
-    layers = norm_layers(network.module)
-    momenta = [layer.momentum for layer in layers]
-    device = runtime.device()
-    with running(network, device), torch.no_grad(), runtime.autocast(device):
-        for layer in layers:
-            layer.reset_running_stats()
-            layer.momentum = None  # the plain mean over the batches
-            layer.train()
-        for batch in network_batches(network, data, batch_size=batch_size, label=False, drop_last=True).epoch(0):
-            network(to_device(batch["inputs"], device))
-    for layer, momentum in zip(layers, momenta, strict=True):
-        layer.momentum = momentum
 
 
 # --- recipes
@@ -301,8 +142,8 @@ def learned(
     if needed > free:
         sizes = f"{needed / 1e9:.1f} GB, {free / 1e9:.1f} GB are free"
         raise BadInput(f"the recipe 'learned' holds all {len(networks)} networks in memory ({sizes}): give fewer, or choose the recipe greedy")
-    home, targets = like.device, _state(like.module)
-    states = [{_name(key, targets): tensor.to(device) for key, tensor in networks.weights(i)} for i in range(len(networks))]
+    home, targets = like.device, state_of(like.module)
+    states = [{plain_name(key, targets): tensor.to(device) for key, tensor in networks.weights(i)} for i in range(len(networks))]
     mixture = Mixture(like.module.to(device), states, per_tensor=per_tensor, batch_statistics=batch_statistics)
     del states
     batches = network_batches(like, validation, batch_size=batch_size, shuffle=True, seed=seed)
@@ -421,8 +262,8 @@ def model_soup(
     several = networks if isinstance(networks, Networks) else Networks(networks)
     names, everyone = [several.name(i) for i in range(len(several))], list(range(len(several)))
     scratch = tempfile.TemporaryDirectory()  # goes with the function
-    several = _readable(several, scratch.name)
-    soup = _plain(several[0]) if isinstance(several.given[0], Network) else several[0]  # one that is just loaded needs no copy
+    several = readable(several, scratch.name)
+    soup = plain_copy(several[0]) if isinstance(several.given[0], Network) else several[0]  # one that is just loaded needs no copy
     soup.measured, soup.reports, warned = [], {}, []
     known_classes(soup, validation, "validation")
     records = same_structure(several, soup.module, names)
