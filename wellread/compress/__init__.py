@@ -1,0 +1,5 @@
+"""The same network, smaller."""
+
+from wellread.catalog import chapter
+
+chapter(__name__)
