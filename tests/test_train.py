@@ -389,6 +389,30 @@ def test_fits_of_one_run_have_their_own_checkpoints(tmp_path):
     assert both() == [3, 3, 3]
 
 
+def test_a_nested_runtime_goes_on_counting(tmp_path):
+    with using(folder=tmp_path):
+        for progress in (True, False):
+            with using(progress=progress):
+                fit(mlp(), data(), step, epochs=1, name="a")
+        with using(folder=tmp_path / "other"):
+            fit(mlp(), data(), step, epochs=1, name="a")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["0-a", "1-a", "other"]
+    assert [path.name for path in (tmp_path / "other").iterdir()] == ["0-a"]
+
+
+def test_another_teacher_does_not_reuse_a_checkpoint(tmp_path):
+    def taught(teacher: nn.Module) -> int | None:
+        def imitate(module: nn.Module, batch: dict) -> Tensor:
+            return (module(batch["inputs"]) - teacher(batch["inputs"]).detach()).square().mean()
+
+        with using(folder=tmp_path):
+            return fit(mlp(), data(), imitate, epochs=1).resumed_at
+
+    assert taught(mlp(0.5)) is None and taught(mlp(0.5)) == 3
+    with pytest.warns(UserWarning, match="starting anew"):
+        assert taught(other_weights()) is None
+
+
 def test_a_checkpoint_is_never_unpickled(tmp_path):
     class Evil:
         def __reduce__(self):

@@ -61,9 +61,13 @@ class Batches:
                 share = 0.0
             else:
                 share = len(mine) * processes / len(whole)
-            with torch.random.fork_rng(devices=[]):
-                torch.manual_seed(int(np.random.SeedSequence((self.seed, number, batch, process)).generate_state(1)[0]))
+            generator = torch.default_generator  # by itself: fork_rng and manual_seed look for devices, at 0.4 ms a batch
+            before = generator.get_state()
+            generator.manual_seed(int(np.random.SeedSequence((self.seed, number, batch, process)).generate_state(1)[0]))
+            try:
                 content = self.get(mine)
+            finally:
+                generator.set_state(before)
             yield {**content, "index": torch.from_numpy(mine), "share": share}
 
 

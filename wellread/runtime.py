@@ -10,7 +10,8 @@ import sys
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
+from itertools import count
 from pathlib import Path
 from typing import TYPE_CHECKING, TypeVar
 
@@ -28,6 +29,7 @@ class Runtime:
     precision: str = "float32"  # "float32", "bfloat16" or "float16": the arithmetic of forward and backward passes
     progress: bool = True
     folder: Path | None = None  # checkpoints of a long run; None keeps none
+    trainings: Iterator[int] = field(default_factory=count, compare=False, repr=False)  # numbers those that keep checkpoints in `folder`
 
 
 _current: ContextVar[Runtime] = ContextVar("runtime")
@@ -41,6 +43,8 @@ def current() -> Runtime:
 @contextmanager
 def using(**changes: object) -> Iterator[Runtime]:
     """Run the body with some fields of `Runtime` changed. Raises `BadInput` for a device or precision that is not there."""
+    if "folder" in changes:
+        changes = {"trainings": count(), **changes}
     runtime = replace(current(), **changes)  # type: ignore[arg-type]
     if runtime.precision not in ("float32", "bfloat16", "float16"):
         raise BadInput(f"precision {runtime.precision!r} is not known: choose float32, bfloat16 or float16")

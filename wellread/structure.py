@@ -10,6 +10,7 @@ from a file) only shapes matter, and expensive values are not computed.
 
 from __future__ import annotations
 
+import copy
 import importlib
 from collections.abc import Callable
 from typing import Any
@@ -104,19 +105,28 @@ def wrap(module: nn.Module, *, part: str, arguments: dict[str, Any], fill: bool 
 
 
 @edit
-def factorise(module: nn.Module, *, layer: str, rank: int, fill: bool = True) -> nn.Module:
+def factorise(module: nn.Module, *, layer: str, rank: int, scheme: str = "channel", fill: bool = True) -> nn.Module:
     """Write a linear or convolution layer as two of them with `rank` features between, by truncated SVD of its weight.
 
-    Linear [o, i] becomes [r, i] then [o, r]. A convolution [o, i, k, k] becomes a k x k convolution to r channels (same stride, padding and
-    dilation) and a 1 x 1 convolution to o. With r = min(o, i * k * k) the layer computes what it did before.
-    Raises `BadInput` for another kind of layer, a grouped convolution, or a rank outside 1...min(o, i * k * k).
+    channel: Linear [o, i] becomes [r, i] then [o, r]; a convolution [o, i, h, w] becomes an h x w convolution to r channels (same stride, padding
+    and dilation) and a 1 x 1 convolution to o. spatial: a convolution becomes an h x 1 convolution to r channels and a 1 x w convolution to o, each
+    with its half of stride, padding and dilation. The bias is the second layer's. At the highest rank the layer computes what it did before.
+    Raises `BadInput` for another kind of layer, a grouped convolution, or a rank outside 1...min(o, i * h * w), for spatial 1...min(i * h, o * w).
     """
     old = layer_of(module, layer)
-    if not isinstance(old, nn.Linear | nn.Conv2d):
-        raise BadInput(f"layer {layer!r} is a {type(old).__name__}: only Linear and Conv2d can be factorised")
+    spatial = scheme == "spatial"
+    if scheme not in ("channel", "spatial"):
+        raise BadInput(f"the scheme {scheme!r} is not known: choose channel or spatial")
+    if not isinstance(old, nn.Conv2d if spatial else nn.Linear | nn.Conv2d):
+        raise BadInput(f"layer {layer!r} is a {type(old).__name__}: only {'Conv2d' if spatial else 'Linear and Conv2d'} can be factorised")
     if isinstance(old, nn.Conv2d) and old.groups != 1:
         raise BadInput(f"layer {layer!r} is a convolution in {old.groups} groups: only ungrouped ones can be factorised")
-    matrix = old.weight.detach().flatten(1)
+    if isinstance(old, nn.Conv2d) and (not isinstance(old.padding, tuple) or type(old) is not nn.Conv2d):
+        raise BadInput(
+            f"layer {layer!r} is a {type(old).__name__} with padding {old.padding!r}: only plain Conv2d with numeric padding can be factorised"
+        )
+    assert isinstance(old, nn.Linear | nn.Conv2d)
+    matrix = old.weight.detach().permute(1, 2, 0, 3).flatten(2).flatten(0, 1) if spatial else old.weight.detach().flatten(1)
     highest = min(matrix.shape)
     if not 1 <= rank <= highest:
         raise BadInput(f"rank {rank} does not fit layer {layer!r}: choose 1 to {highest}")
@@ -125,18 +135,20 @@ def factorise(module: nn.Module, *, layer: str, rank: int, fill: bool = True) ->
         first: nn.Linear | nn.Conv2d = nn.Linear(old.in_features, rank, bias=False, **kind)
         second: nn.Linear | nn.Conv2d = nn.Linear(rank, old.out_features, bias=old.bias is not None, **kind)
     else:
-        if not isinstance(old.padding, tuple) or type(old) is not nn.Conv2d:
-            raise BadInput(
-                f"layer {layer!r} is a {type(old).__name__} with padding {old.padding!r}: only plain Conv2d with numeric padding can be factorised"
-            )
-        form: dict[str, Any] = {name: getattr(old, name) for name in ("kernel_size", "stride", "padding", "dilation", "padding_mode")}
-        first = nn.Conv2d(old.in_channels, rank, bias=False, **form, **kind)
-        second = nn.Conv2d(rank, old.out_channels, 1, bias=old.bias is not None, **kind)
+        form: dict[str, Any] = {name: getattr(old, name) for name in ("kernel_size", "stride", "padding", "dilation")}
+        rest: dict[str, Any] = {"kernel_size": (1, 1), "stride": (1, 1), "padding": (0, 0), "dilation": (1, 1)}
+        if spatial:
+            form, rest = {name: (form[name][0], rest[name][1]) for name in form}, {name: (rest[name][0], form[name][1]) for name in form}
+        first = nn.Conv2d(old.in_channels, rank, bias=False, padding_mode=old.padding_mode, **form, **kind)
+        second = nn.Conv2d(rank, old.out_channels, bias=old.bias is not None, padding_mode=old.padding_mode, **rest, **kind)
     if fill:
         into, out = low_rank(matrix, rank)
+        if isinstance(old, nn.Conv2d) and spatial:  # rows of the matrix are (input, height), columns (output, width)
+            (h, w), i, o = old.kernel_size, old.in_channels, old.out_channels
+            into, out = out.t().reshape(rank, i, h, 1), into.reshape(rank, o, 1, w).transpose(0, 1)
         with torch.no_grad():
-            first.weight.copy_(into.view_as(first.weight))
-            second.weight.copy_(out.view_as(second.weight))
+            first.weight.copy_(into.reshape(first.weight.shape))
+            second.weight.copy_(out.reshape(second.weight.shape))
             if old.bias is not None and second.bias is not None:
                 second.bias.copy_(old.bias)
     return put_layer(module, layer, nn.Sequential(first, second).train(old.training))
@@ -147,3 +159,32 @@ def low_rank(matrix: Tensor, rank: int) -> tuple[Tensor, Tensor]:
     u, s, vt = torch.linalg.svd(matrix.double(), full_matrices=False)
     root = s[:rank].sqrt()
     return (root[:, None] * vt[:rank]).to(matrix.dtype), (u[:, :rank] * root).to(matrix.dtype)
+
+
+@edit
+def keep_blocks(module: nn.Module, *, blocks: str, keep: list[int], fill: bool = True) -> nn.Module:
+    """Depth: the Sequential or ModuleList at `blocks` holds the children `keep`, in that order. An index named again is a copy with its own weights.
+
+    Children are numbered anew; those of a Sequential with names keep theirs. Raises `BadInput` for another kind of layer or an index out of range.
+    """
+    holder = layer_of(module, blocks)
+    if not isinstance(holder, nn.Sequential | nn.ModuleList):
+        raise BadInput(f"{blocks!r} is a {type(holder).__name__}: blocks are kept in a Sequential or ModuleList")
+    old = list(holder.named_children())
+    if wrong := [index for index in keep if not 0 <= index < len(old)]:
+        raise BadInput(f"{blocks!r} has no block {wrong[0]}: choose from 0 to {len(old) - 1}")
+    numbered = all(name == str(index) for index, (name, _) in enumerate(old))
+    holder._modules.clear()
+    for place, index in enumerate(keep):
+        name, child = old[index]
+        if index in keep[:place]:
+            child, name = copy.deepcopy(child), f"{name}_{keep[: place + 1].count(index)}"
+        holder.add_module(str(place) if numbered else name, child)
+        for part in child.modules():
+            if hasattr(part, "layer_idx"):
+                part.layer_idx = place  # where transformers keeps the past keys of a block
+    for path, part in module.named_modules():
+        settings: Any = getattr(part, "config", None)  # transformers runs the first num_hidden_layers blocks
+        if f"{blocks}.".startswith(f"{path}." if path else "") and getattr(settings, "num_hidden_layers", None) == len(old):
+            settings.num_hidden_layers = len(keep)
+    return module

@@ -100,7 +100,7 @@ def fit(
     name: what the progress bar, the checkpoint and the errors call this training.
 
     Device, precision, progress and checkpoint folder come from `wellread.runtime`. A fit that had finished in that folder, from the same
-    weights, first batch and settings (the plain values that `step` closes over included), is not run again. Under `accelerate launch`
+    weights, first batch and settings (the plain values and modules that `step` closes over included), is not run again. Under `accelerate launch`
     each process takes its share of every batch, and the result is that of one process, except where a module looks across the rows of
     a batch (batch norm in training mode). On return the module is on the device it came from, modes and `requires_grad` are as before,
     `grad` is None, and the random generators are untouched.
@@ -468,12 +468,11 @@ def _path(runtime: Runtime, name: str) -> Path | None:
     """folder/<how many fits came before in this runtime>-<name>/state.pt"""
     if runtime.folder is None:
         return None
-    number = vars(runtime)["fits"] = vars(runtime).get("fits", -1) + 1
-    return Path(runtime.folder) / f"{number}-{re.sub(r'[^A-Za-z0-9._-]+', '-', name)}" / "state.pt"
+    return Path(runtime.folder) / f"{next(runtime.trainings)}-{re.sub(r'[^A-Za-z0-9._-]+', '-', name)}" / "state.pt"
 
 
 def _key(module: nn.Module, batches: Batches, step: Step, optimizer: torch.optim.Optimizer, settings: list[Any]) -> str:
-    """SHA-256 of what decides the outcome: starting weights, settings, the first batch, the plain values that `step` closes over."""
+    """SHA-256 of what decides the outcome: starting weights, settings, the first batch, the plain values and modules that `step` closes over."""
     options = [{**group, "params": len(group["params"])} for group in optimizer.param_groups]
     closed = inspect.getclosurevars(step).nonlocals if inspect.isfunction(step) else {}
     plain = {name: value for name, value in closed.items() if isinstance(value, (bool, int, float, str, type(None)))}
@@ -482,6 +481,10 @@ def _key(module: nn.Module, batches: Batches, step: Step, optimizer: torch.optim
     parts = {name: value if isinstance(value, dict) else {"": value} for name, value in next(batches.epoch(0)).items()}
     tensors = {f"batch {name} {key}": leaf for name, part in parts.items() for key, leaf in part.items() if isinstance(leaf, Tensor)}
     digest = hashlib.sha256(json.dumps(said, default=str).encode())
+    for name, value in closed.items():
+        other = getattr(value, "module", value)  # a teacher, as a Network or a bare module
+        if isinstance(other, nn.Module) and other is not module:
+            tensors |= {f"{name} {key}": tensor for key, tensor in _state(other).items()}
     for name, tensor in {**_state(module), **tensors}.items():
         digest.update(f"{name} {tensor.dtype} {list(tensor.shape)}".encode())
         digest.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes())

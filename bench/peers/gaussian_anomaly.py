@@ -4,7 +4,8 @@
     echo "$(python -c 'import torch, pathlib; print(pathlib.Path(torch.__file__).parents[1])')" \
         > /tmp/anomalib/lib/python3.11/site-packages/ours.pth          # which sees the packages of this one,
     /tmp/anomalib/bin/pip install --no-deps anomalib freia kornia kornia_rs einops omegaconf antlr4-python3-runtime==4.9.3 imagecodecs \
-        docstring-parser 'jsonargparse<4.47' typeshed-client importlib_resources rich-argparse lightning pytorch-lightning opencv-python-headless
+        docstring-parser 'jsonargparse<4.47' typeshed-client importlib_resources rich-argparse platformdirs lightning pytorch-lightning lightning-utilities \
+        torchmetrics opencv-python-headless
     python -m bench.peers.gaussian_anomaly --python /tmp/anomalib/bin/python [--quick]
 
 Nothing is downloaded: anomalib builds the network without weights and gets ours. DFM and PaDiM have their default settings, on the stages that lie as
