@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -13,6 +14,7 @@ from PIL import Image
 
 from wellread.data import (
     Needs,
+    Pairs,
     as_data,
     check,
     class_names,
@@ -23,6 +25,7 @@ from wellread.data import (
     name_of,
     pixels,
     row_hashes,
+    scores,
     stratified,
     subset,
 )  # fmt: skip
@@ -243,3 +246,23 @@ def test_stratified_parts_cover_everything_once() -> None:
 def test_a_dataset_dict_with_one_split_is_a_table() -> None:
     one = DatasetDict({"test": Dataset.from_dict({"text": ["a"]})})
     assert len(as_data(one, split="test")) == 1
+
+
+def test_pairs_come_from_a_table_with_tabs(tmp_path: Path) -> None:
+    file = tmp_path / "pairs.txt"
+    file.write_text('sentence_A\tsentence_B\trelatedness_score\nA "dog" runs\tA cat, asleep\t1.5\nA dog\tThe dog\t4.5\n')
+    table = load_data(f"csv:{file}")
+    assert table["sentence1"][0] == 'A "dog" runs' and table["sentence2"][0] == "A cat, asleep"
+    assert scores(table).tolist() == [1.5, 4.5]
+    check(table, Pairs.__metadata__[0], None, "train")
+    other = table.map(lambda row: {"sentence2": row["sentence2"] + "."})
+    assert fingerprint(other) != fingerprint(table) and not duplicates(table, other)
+    rescored = table.map(lambda row: {"score": "2"})
+    assert fingerprint(rescored) != fingerprint(table)
+
+
+@pytest.mark.parametrize("value", ["", "high", "nan", None])
+def test_a_score_is_a_number(value: Any) -> None:
+    table = Dataset.from_dict({"sentence1": ["a", "b"], "sentence2": ["c", "d"], "score": ["1", value]})
+    with pytest.raises(BadInput, match="score .* in row 1"):
+        check(table, Pairs.__metadata__[0], None, "train")

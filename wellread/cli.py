@@ -228,10 +228,10 @@ def _show_measured(card: catalog.Card) -> None:
         word, colour = ("held    ", "green") if expect["passed"] else ("failed  ", "red")
         wanted = f"{'at least' if expect.get('at_least', True) else 'at most'} {catalog.shown(expect['threshold'])}"
         _row(f"  {click.style(word, fg=colour)}", f"{expect['sentence']}: {catalog.shown(expect['value'])} ({wanted})")
-    for kind in ("figures", "baselines"):
+    for kind, word in (("figures", "figure  "), ("baselines", "against ")):
         for name, figure in found.get(kind, {}).items():
             spread = f" ± {figure['sd']:.2g}" if figure.get("sd") is not None else ""
-            _row(f"  {kind[:-1]:8}", f"{name} {catalog.shown(figure['mean'])}{spread}")
+            _row(f"  {word}", f"{name} {catalog.shown(figure['mean'])}{spread}")
     for note in found.get("notes", []):
         _row("  note    ", note)
     machine = found.get("machine", {})

@@ -40,11 +40,15 @@ class Needs:
 
 Labelled = Annotated[Dataset, Needs("labelled examples: an image or text column and a label column", ("input", "label"))]
 Unlabelled = Annotated[Dataset, Needs("examples: an image or text column; labels are not read", ("input",))]
+Pairs = Annotated[Dataset, Needs("pairs of texts and how alike they are: columns sentence1, sentence2 and score", ("sentence1", "sentence2", "score"))]
 
 SYNONYMS = {
     "image": ("image", "img", "picture", "photo"),
     "text": ("text", "sentence", "content", "utterance", "title"),
     "label": ("label", "labels", "category", "class", "target", "intent", "fine_label"),
+    "sentence1": ("sentence1", "sentence_A"),
+    "sentence2": ("sentence2", "sentence_B"),
+    "score": ("score", "similarity_score", "relatedness_score"),
 }
 SPLITS = {
     "train": ("train", "training"),
@@ -61,7 +65,8 @@ def load_data(spec: str, split: str | None = None) -> Dataset | DatasetDict:
     """A table, or all its splits when it has several and none is named.
 
     "elpv", "digits" (from PyPI packages), "folder:PATH" (a folder of pictures per class; PATH/train, PATH/test when it has splits; a .png beside
-    a .jpg of the same name is its mask), "csv:PATH", "parquet:PATH", "hf:NAME" (fetched because you named it), or a name in $WELLREAD_DATA.
+    a .jpg of the same name is its mask), "csv:PATH" (commas or tabs), "parquet:PATH", "hf:NAME" (fetched because you named it),
+    or a name in $WELLREAD_DATA.
     Then ":SPLIT", and "[from:to]" for some rows: "elpv:train[:200]". Columns of other names: "csv:notes.csv?text=body&label=topic".
     Raises `BadInput` for what is not there or cannot be read.
     """
@@ -183,7 +188,10 @@ def _csv(path: str) -> DatasetDict:
 def _csv_table(file: str) -> Dataset:
     try:
         with open(file, newline="", encoding="utf-8-sig") as opened:
-            rows = list(csv.DictReader(opened))
+            tabs = "\t" in opened.readline()
+            opened.seek(0)
+            # between tabs a quotation mark is a quotation mark
+            rows = list(csv.DictReader(opened, delimiter="\t", quoting=csv.QUOTE_NONE) if tabs else csv.DictReader(opened))
     except (UnicodeDecodeError, csv.Error) as failed:
         raise BadInput(f"{file} cannot be read as UTF-8 CSV ({failed}): save it as UTF-8 with one header line") from None
     if not rows:
@@ -395,6 +403,8 @@ def check(data: Dataset, needs: Needs, column: str | None, argument: str, labels
             raise BadInput(
                 f"{argument} has {len(names)} classes and the network {labels_known}: give data with the network's classes, or train a new head"
             )
+    if "score" in needs.columns:
+        scores(data, argument)
 
 
 def _first_input(data: Dataset) -> str | None:
@@ -423,6 +433,19 @@ def labels(data: Dataset, argument: str = "the data") -> np.ndarray:
     return array.astype(np.int64)
 
 
+def scores(data: Dataset, argument: str = "the data") -> np.ndarray:
+    """float32 [N], how alike the texts of each pair are. Raises `BadInput` naming the first row without a finite number."""
+    found = np.empty(len(data), np.float32)
+    for row, value in enumerate(data["score"]):
+        try:
+            found[row] = float(value)
+        except (TypeError, ValueError):
+            found[row] = np.nan
+        if not np.isfinite(found[row]):
+            raise BadInput(f"{argument} has the score {value!r} in row {row}: give a number in every row")
+    return found
+
+
 def class_names(data: Dataset) -> list[str]:
     feature = data.features["label"]
     if isinstance(feature, ClassLabel) and feature.names is not None:
@@ -441,7 +464,7 @@ def name_of(data: Dataset) -> str:
     return data.info.description or "data"
 
 
-def row_hashes(data: Dataset, columns: Iterable[str] = ("image", "text")) -> list[str]:
+def row_hashes(data: Dataset, columns: Iterable[str] = ("image", "text", "sentence1", "sentence2")) -> list[str]:
     """A hash per row of the raw content (file bytes for pictures) of those of `columns` that are there."""
     present = [column for column in columns if column in data.column_names]
     key = (data._fingerprint, tuple(present))
@@ -469,8 +492,9 @@ def _bytes(value: Any) -> bytes:
 def fingerprint(data: Dataset) -> str:
     """sha256 of the rows in their order: content and, when there are any, labels."""
     whole = hashlib.sha256("\n".join(row_hashes(data)).encode())
-    if "label" in data.column_names:
-        whole.update(str(list(data.with_format(None)["label"])).encode())
+    for column in ("label", "score"):
+        if column in data.column_names:
+            whole.update(str(list(data.with_format(None)[column])).encode())
     return whole.hexdigest()
 
 
