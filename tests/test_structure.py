@@ -2,11 +2,18 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
 import pytest
 import torch
 from torch import nn
 
-from wellread import structure
+import wellread
+from wellread import Network, structure
 from wellread.errors import BadInput
 from wellread.families import Transformer
 
@@ -75,6 +82,14 @@ def test_low_rank_error_is_that_of_the_singular_values_left_out() -> None:
         ({"edit": "factorise", "layer": "0", "rank": 1, "scheme": "diagonal"}, "channel or spatial"),
         ({"edit": "keep_blocks", "blocks": "0", "keep": [0]}, "Sequential or ModuleList"),
         ({"edit": "keep_blocks", "blocks": "", "keep": [0, 2]}, "no block 2: choose from 0 to 1"),
+        ({"edit": "keep_channels", "out": {"0": []}}, "at least one channel"),
+        ({"edit": "keep_channels", "out": {"0": [[3, 6]]}}, "do not fit|cannot be kept"),
+        ({"edit": "keep_channels", "out": {"0": [[2, 3], [0, 1]]}}, "ascending"),
+        ({"edit": "keep_channels", "into": {"1": [[0, 1]]}}, "only Linear and Conv have inputs"),
+        ({"edit": "keep_channels", "out": {"1": [[0, 1]]}}, "no channels of its own"),
+        ({"edit": "keep_channels", "attributes": {"0": {"forward": 1}}}, "no number 'forward'"),
+        ({"edit": "sparsify", "layers": {"1": 2}}, "without a weight matrix"),
+        ({"edit": "sparsify", "layers": {"0": 36}}, "36 zeros do not fit the 35 weights"),
         ({"edit": "melt"}, "'melt' is not known"),
         ({"edit": "factorise", "layer": "0", "rank": 1, "colour": 3}, "does not fit"),
         ({"edit": "new_head", "layer": "0", "part": "os:getcwd", "arguments": {}}, "not an nn.Module class"),
@@ -125,3 +140,116 @@ def test_a_language_model_runs_all_its_repeated_blocks() -> None:
         block.register_forward_hook(lambda *_, i=i: seen.append(i))
     net(input_ids=torch.arange(5)[None])
     assert seen == [0, 1, 2, 3]
+
+
+@pytest.mark.parametrize("groups", [1, 2, 4, 12])
+def test_convolutions_in_groups_keep_the_same_channels_of_each(groups) -> None:
+    torch.manual_seed(0)
+    conv = nn.Conv2d(12, 12, 3, groups=groups).double()
+    x = torch.randn(2, 12, 5, 5, dtype=torch.float64)
+    inside = range(12 // groups) if groups < 12 else range(1)
+    kept = [g * len(inside) + i for g in range(groups) for i in inside if (i % 3 != 1 if groups < 12 else g % 3 != 1)]
+    silent = x.clone()
+    silent[:, [i for i in range(12) if i not in kept]] = 0
+    expected = conv(silent)[:, kept]
+    ranges = structure.to_ranges(kept)
+    small = structure.apply(nn.Sequential(conv), {"edit": "keep_channels", "out": {"0": ranges}, "into": {"0": ranges}})
+    torch.testing.assert_close(small(x[:, kept]), expected, rtol=0, atol=1e-12)
+    assert structure.from_ranges(ranges) == kept and small[0].groups == (len(kept) if groups == 12 else groups)
+
+
+def test_whole_groups_of_a_convolution_can_go_but_not_uneven_parts() -> None:
+    conv = nn.Conv2d(6, 9, 1, groups=3)
+    weight = conv.weight.detach().clone()
+    small = structure.apply(nn.Sequential(conv), {"edit": "keep_channels", "out": {"0": [[0, 3], [6, 9]]}, "into": {"0": [[0, 2], [4, 6]]}})
+    assert small[0].groups == 2 and torch.equal(small[0].weight, weight[[0, 1, 2, 6, 7, 8]])
+    for cut in ({"out": {"0": [[0, 4]]}}, {"into": {"0": [[0, 3]]}}):
+        with pytest.raises(BadInput, match="equally many"):
+            structure.apply(nn.Sequential(nn.Conv2d(6, 9, 1, groups=3)), {"edit": "keep_channels", **cut})
+
+
+def test_masks_are_of_the_smallest_weights_and_zeros_stay_through_training_and_densify() -> None:
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Linear(4, 5), nn.ReLU(), nn.Linear(5, 2))
+    weight = net[0].weight.detach().clone()
+    net = structure.apply(net, {"edit": "sparsify", "layers": {"0": 8}})
+    assert set(structure.masks(net)) == {"0"}
+    zero = net[0].weight == 0
+    assert zero.sum() == 8 and weight[zero].abs().max() < weight[~zero].abs().min()
+    optimizer = torch.optim.SGD(net.parameters(), 0.1, weight_decay=0.01)
+    for _ in range(3):
+        optimizer.zero_grad()
+        net(torch.randn(8, 4)).square().sum().backward()
+        optimizer.step()
+    assert torch.equal(net[0].weight == 0, zero) and not torch.equal(net[0].weight[~zero], weight[~zero])
+    trained = net[0].weight.detach().clone()
+    net = structure.apply(net, {"edit": "sparsify", "layers": {"0": 12}})  # more zeros: those that were there are the smallest
+    assert (net[0].weight == 0).sum() == 12 and (net[0].weight[zero] == 0).all()
+    with pytest.raises(BadInput, match="densify"):
+        structure.apply(net, {"edit": "keep_channels", "out": {"0": [[0, 2]]}})
+    dense = structure.apply(net, {"edit": "densify"})
+    assert not structure.masks(dense) and sorted(dense.state_dict()) == ["0.bias", "0.weight", "2.bias", "2.weight"]
+    assert (dense[0].weight == 0).sum() == 12 and torch.equal(dense[0].weight[dense[0].weight != 0], trained[dense[0].weight != 0])
+
+
+def edited_networks() -> dict[str, Network]:
+    """A CNN and a ViT after every kind of edit."""
+    torch.manual_seed(0)
+    cnn = wellread.load("timm/test_efficientnet", pretrained=False, num_classes=7)
+    vit = wellread.load("timm/test_vit", pretrained=False, num_classes=7)
+    part = [[0, 100], [120, 192]]
+    block = {f"blocks.4.0.{name}": part for name in ("conv_pw", "bn1", "conv_dw", "bn2", "se.conv_expand")}
+    into = {f"blocks.4.0.{name}": part for name in ("conv_dw", "conv_pwl", "se.conv_reduce")}
+    return {
+        "cnn": cnn.edited(
+            {"edit": "factorise", "layer": "blocks.1.0.conv_exp", "rank": 9, "scheme": "spatial"},
+            {"edit": "keep_channels", "out": block, "into": into},
+            {"edit": "sparsify", "layers": {"blocks.4.0.conv_pwl": 1000, "conv_stem": 20}},
+        ),
+        "vit": vit.edited(
+            {"edit": "keep_blocks", "blocks": "blocks", "keep": [0, 1, 1, 5]},
+            {"edit": "keep_channels", "out": {"blocks.2.mlp.fc1": [[0, 64]], "blocks.0.attn.qkv": [[0, 32], [64, 96], [128, 160]]},
+             "into": {"blocks.2.mlp.fc2": [[0, 64]], "blocks.0.attn.proj": [[0, 32]]}, "attributes": {"blocks.0.attn": {"num_heads": 1, "attn_dim": 32}}},
+            {"edit": "factorise", "layer": "blocks.3.mlp.fc1", "rank": 10},
+            {"edit": "sparsify", "layers": {"blocks.1.mlp.fc1": 500}},
+            {"edit": "densify"},
+            {"edit": "sparsify", "layers": {"blocks.3.mlp.fc2": 700}},
+        ),
+    }  # fmt: skip
+
+
+def test_edited_networks_compute_the_same_bits_in_another_process(tmp_path: Path) -> None:
+    for name, net in edited_networks().items():
+        x = torch.randn(2, 3, *net.input.size)
+        np.save(tmp_path / f"{name}-x.npy", x.numpy())
+        with torch.inference_mode():
+            np.save(tmp_path / f"{name}-y.npy", net(x).numpy())
+        net.save(tmp_path / name)
+    code = """
+import sys, numpy as np, torch, wellread
+torch.set_num_threads(int(sys.argv[2]))
+for name in ("cnn", "vit"):
+    net = wellread.load(f"{sys.argv[1]}/{name}")
+    with torch.inference_mode():
+        same = np.array_equal(net(torch.from_numpy(np.load(f"{sys.argv[1]}/{name}-x.npy"))).numpy(), np.load(f"{sys.argv[1]}/{name}-y.npy"))
+    print(name, same, len(net.edits), [int((mask.keep == 0).sum()) for mask in wellread.structure.masks(net.module).values()])
+"""
+    command = [sys.executable, "-c", code, str(tmp_path), str(torch.get_num_threads())]
+    done = subprocess.run(command, env=os.environ | {"HF_HUB_OFFLINE": "1"}, capture_output=True, text=True, check=True)
+    assert done.stdout.splitlines() == ["cnn True 3 [20, 1000]", "vit True 6 [700]"]
+
+
+@pytest.mark.parametrize("name", ["cnn", "vit"])
+def test_edited_networks_are_exported(name, tmp_path: Path) -> None:
+    onnxruntime = pytest.importorskip("onnxruntime")
+    pytest.importorskip("onnxscript")
+    net = edited_networks()[name]
+    x = torch.randn(2, 3, *net.input.size)
+    with torch.inference_mode():
+        expected = net(x)
+    program = torch.export.export(net.module, (x,))
+    torch.testing.assert_close(program.module()(x), expected, rtol=1e-4, atol=1e-5)
+    torch.onnx.export(program, (x,), str(tmp_path / "net.onnx"), dynamo=True, verbose=False)
+    session = onnxruntime.InferenceSession(str(tmp_path / "net.onnx"), providers=["CPUExecutionProvider"])
+    (found,) = session.run(None, {session.get_inputs()[0].name: x.numpy()})
+    np.testing.assert_allclose(found, expected.numpy(), rtol=1e-4, atol=1e-4)

@@ -71,12 +71,15 @@ class Transformer(nn.Module):
         out = self.model(**tokens)
         if not hasattr(self, "head"):
             return out.logits
-        hidden = out.last_hidden_state
-        if self.pooling == "cls" or "attention_mask" not in tokens:
+        return self.pool(out.last_hidden_state, tokens.get("attention_mask"))
+
+    def pool(self, hidden: Tensor, mask: Tensor | None = None) -> Tensor:
+        """The output for each text [B, d] from hidden states [B, T, C]; mask [B, T] is 1 for words and 0 for padding."""
+        if self.pooling == "cls" or mask is None:
             pooled = hidden[:, 0] if self.pooling == "cls" else hidden.mean(1)
         else:
-            mask = tokens["attention_mask"].unsqueeze(-1).to(hidden.dtype)
-            pooled = (hidden * mask).sum(1) / mask.sum(1).clamp(min=1e-9)
+            words = mask.unsqueeze(-1).to(hidden.dtype)
+            pooled = (hidden * words).sum(1) / words.sum(1).clamp(min=1e-9)
         return self.head(nn.functional.normalize(pooled, dim=-1) if self.normalize else pooled)
 
 
@@ -277,6 +280,9 @@ def _first_line(failed: BaseException) -> str:
 def _offline(name: str, failed: BaseException) -> str:
     from huggingface_hub.constants import HF_HUB_CACHE
 
+    if Path(name).is_dir():
+        why = _first_line(failed)[:160].removesuffix(":")
+        return f"the transformers folder {name!r} could not be opened ({why}): it needs config.json, the weights, and the tokenizer's or image processor's files"
     where = torch.hub.get_dir() if name.startswith("torchvision/") else HF_HUB_CACHE
     return (
         f"{name!r} could not be opened: it is not in the local cache {where} and could not be fetched "

@@ -12,11 +12,12 @@ from __future__ import annotations
 
 import copy
 import importlib
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.utils import parametrize
 
 from wellread.errors import BadInput
 
@@ -182,9 +183,163 @@ def keep_blocks(module: nn.Module, *, blocks: str, keep: list[int], fill: bool =
         holder.add_module(str(place) if numbered else name, child)
         for part in child.modules():
             if hasattr(part, "layer_idx"):
-                part.layer_idx = place  # where transformers keeps the past keys of a block
+                part.layer_idx = place  # type: ignore[assignment]  # where transformers keeps the past keys of a block
     for path, part in module.named_modules():
         settings: Any = getattr(part, "config", None)  # transformers runs the first num_hidden_layers blocks
         if f"{blocks}.".startswith(f"{path}." if path else "") and getattr(settings, "num_hidden_layers", None) == len(old):
             settings.num_hidden_layers = len(keep)
+    return module
+
+
+def to_ranges(indices: Iterable[int]) -> list[list[int]]:
+    """[0, 1, 2, 5] as [[0, 3], [5, 6]]: how records write which channels are kept (start, end)."""
+    ranges: list[list[int]] = []
+    for index in sorted(set(indices)):
+        if ranges and ranges[-1][1] == index:
+            ranges[-1][1] += 1
+        else:
+            ranges.append([index, index + 1])
+    return ranges
+
+
+def from_ranges(ranges: list[list[int]]) -> list[int]:
+    return [index for start, end in ranges for index in range(start, end)]
+
+
+@edit
+def keep_channels(
+    module: nn.Module,
+    *,
+    out: dict[str, list[list[int]]] | None = None,
+    into: dict[str, list[list[int]]] | None = None,
+    parameters: dict[str, dict[str, Any]] | None = None,
+    attributes: dict[str, dict[str, Any]] | None = None,
+    fill: bool = True,
+) -> nn.Module:
+    """Width: layers keep only these outputs and inputs. The record names every layer that is touched; `coupling.keep` writes one.
+
+    out, into: layer to the ranges kept (to_ranges). Rows and columns of Linear and Conv; for norm and scale layers, `out` are their entries;
+    for an Embedding its features. A grouped convolution must lose equally many channels in each group, or whole groups.
+    parameters: for tensors that belong to no such layer (tokens, positions): path to {"dim": d, "keep": ranges}.
+    attributes: numbers that the layers compute with, such as {"blocks.0.attn": {"num_heads": 2}}.
+    Raises `BadInput` when ranges are empty, not ascending, or do not fit a layer.
+    """
+    out, into = out or {}, into or {}
+    for path in sorted({*out, *into}):
+        layer = layer_of(module, path)
+        if parametrize.is_parametrized(layer):
+            raise BadInput(f"layer {path!r} has a mask: apply the edit 'densify' before its channels are cut")
+        if isinstance(layer, nn.Conv1d | nn.Conv2d | nn.Conv3d):
+            _cut_convolution(layer, path, out.get(path), into.get(path))
+        elif isinstance(layer, nn.Linear):
+            if path in out:
+                layer.out_features = _cut(layer, ("weight", "bias"), 0, out[path], path)
+            if path in into:
+                layer.in_features = _cut(layer, ("weight",), 1, into[path], path)
+        elif path in into:
+            raise BadInput(f"layer {path!r} is a {type(layer).__name__}: only Linear and Conv have inputs of their own to keep")
+        elif isinstance(layer, nn.Embedding):
+            layer.embedding_dim = _cut(layer, ("weight",), 1, out[path], path)
+        else:
+            own = [*layer.named_parameters(recurse=False), *layer.named_buffers(recurse=False)]
+            size = _cut(layer, [name for name, tensor in own if tensor.ndim], -1, out[path], path)
+            for name in ("num_features", "num_channels", "num_parameters", "normalized_shape"):
+                if hasattr(layer, name):
+                    setattr(layer, name, (size,) if name == "normalized_shape" else size)
+    for path, cut in (parameters or {}).items():
+        where, _, name = path.rpartition(".")
+        _cut(layer_of(module, where), [name], cut["dim"], cut["keep"], path)
+    for path, values in (attributes or {}).items():
+        layer = layer_of(module, path)
+        for name, value in values.items():
+            if not isinstance(getattr(layer, name, None), int | float):
+                raise BadInput(f"layer {path!r} has no number {name!r} to change")
+            setattr(layer, name, value)
+    return module
+
+
+def _cut(layer: nn.Module, names: Iterable[str], dim: int, ranges: list[list[int]], path: str) -> int:
+    """Keep these entries along `dim` of the layer's tensors that are there; how many they are."""
+    kept = from_ranges(ranges)
+    tensors = {name: tensor for name in names if isinstance(tensor := getattr(layer, name, None), Tensor)}
+    if not tensors:
+        raise BadInput(f"{path!r} is a {type(layer).__name__} and has no channels of its own to keep")
+    for name, tensor in tensors.items():
+        if not -tensor.ndim <= dim < tensor.ndim or not kept or kept != sorted(set(kept)) or kept[0] < 0 or kept[-1] >= tensor.shape[dim]:
+            raise BadInput(f"channels {ranges} cannot be kept of {path!r} ({name} is {list(tensor.shape)}): give ascending ranges, at least one channel")
+        cut = tensor.detach().index_select(dim, torch.tensor(kept, device=tensor.device)).contiguous()
+        setattr(layer, name, nn.Parameter(cut, tensor.requires_grad) if isinstance(tensor, nn.Parameter) else cut)
+    return len(kept)
+
+
+def _cut_convolution(layer: Any, path: str, out: list[list[int]] | None, into: list[list[int]] | None) -> None:
+    """Cut rows, columns and groups. In groups, `into` says which groups stay and which inputs of each; depthwise is one input in each."""
+    groups, per_in, per_out = layer.groups, layer.in_channels // layer.groups, layer.out_channels // layer.groups
+    if groups > 1 and into is not None:
+        inputs = [[i - g * per_in for i in from_ranges(into) if i // per_in == g] for g in range(groups)]
+        rows = [[o for o in (range(layer.out_channels) if out is None else from_ranges(out)) if o // per_out == g] for g in range(groups)]
+        stay = [g for g in range(groups) if inputs[g]]
+        if any(bool(rows[g]) != bool(inputs[g]) for g in range(groups)) or len({(len(rows[g]), len(inputs[g])) for g in stay}) != 1:
+            raise BadInput(f"convolution {path!r} has {groups} groups: keep equally many channels in each of them, or leave out whole groups")
+        pick = torch.tensor([inputs[o // per_out] for g in stay for o in rows[g]], device=layer.weight.device)  # [kept outputs, inputs of a group]
+    elif groups > 1 and out is not None and len({sum(o // per_out == g for o in from_ranges(out)) for g in range(groups)}) != 1:
+        raise BadInput(f"convolution {path!r} has {groups} groups: keep equally many channels in each of them, or leave out whole groups")
+    if out is not None:
+        layer.out_channels = _cut(layer, ("weight", "bias"), 0, out, path)
+    if into is not None and groups == 1:
+        layer.in_channels = _cut(layer, ("weight",), 1, into, path)
+    elif into is not None:
+        index = pick.view(*pick.shape, *[1] * (layer.weight.ndim - 2)).expand(-1, -1, *layer.weight.shape[2:])
+        layer.weight = nn.Parameter(layer.weight.detach().gather(1, index), layer.weight.requires_grad)
+        layer.groups, layer.in_channels = len(stay), len(from_ranges(into))
+
+
+class Mask(nn.Module):
+    """A weight with zeros that stay: weight * keep. `keep` is a buffer and may be changed in place, also during training."""
+
+    def __init__(self, keep: Tensor) -> None:
+        super().__init__()
+        self.keep: Tensor
+        self.register_buffer("keep", keep)
+
+    def forward(self, weight: Tensor) -> Tensor:
+        return weight * self.keep
+
+
+def masks(module: nn.Module) -> dict[str, Mask]:
+    """The masks of a sparse network, by layer."""
+    found = ((name, getattr(layer, "parametrizations", {})) for name, layer in module.named_modules())
+    return {name: each for name, weights in found if "weight" in weights for each in weights["weight"] if isinstance(each, Mask)}
+
+
+@edit
+def sparsify(module: nn.Module, *, layers: dict[str, int], fill: bool = True) -> nn.Module:
+    """Sparsity: a mask on the weight of each layer, with so many zeros, at first where the weight is smallest in magnitude (Mask.keep may be changed).
+
+    The masks are saved with the weights. Of a layer that has a mask already, the mask is made anew from its weight under the mask.
+    Raises `BadInput` for a layer without a weight matrix or more zeros than it has entries.
+    """
+    present = masks(module)
+    for path, zeros in layers.items():
+        layer = layer_of(module, path)
+        weight = getattr(layer, "weight", None)
+        if not isinstance(weight, Tensor) or weight.ndim < 2:
+            raise BadInput(f"layer {path!r} is a {type(layer).__name__} without a weight matrix: name Linear or Conv layers")
+        if not 0 <= zeros <= weight.numel():
+            raise BadInput(f"{zeros} zeros do not fit the {weight.numel()} weights of layer {path!r}")
+        keep = torch.ones_like(weight, dtype=torch.bool)
+        if fill:
+            keep.view(-1)[weight.detach().abs().flatten().argsort(stable=True)[:zeros]] = False
+        if path in present:
+            present[path].keep = keep
+        else:
+            parametrize.register_parametrization(layer, "weight", Mask(keep))
+    return module
+
+
+@edit
+def densify(module: nn.Module, *, fill: bool = True) -> nn.Module:
+    """Take all masks away. What they held at zero is zero now and can be trained again."""
+    for path in masks(module):
+        parametrize.remove_parametrizations(layer_of(module, path), "weight", leave_parametrized=True)
     return module

@@ -475,7 +475,7 @@ def _key(module: nn.Module, batches: Batches, step: Step, optimizer: torch.optim
     """SHA-256 of what decides the outcome: starting weights, settings, the first batch, the plain values and modules that `step` closes over."""
     options = [{**group, "params": len(group["params"])} for group in optimizer.param_groups]
     closed = inspect.getclosurevars(step).nonlocals if inspect.isfunction(step) else {}
-    plain = {name: value for name, value in closed.items() if isinstance(value, (bool, int, float, str, type(None)))}
+    plain = {name: value for name, value in closed.items() if _is_plain(value)}
     said = [*settings, type(optimizer).__name__, options, plain, len(batches), batches.rows, batches.batch_size]
     _seed(0, torch.device("cpu"))
     parts = {name: value if isinstance(value, dict) else {"": value} for name, value in next(batches.epoch(0)).items()}
@@ -489,6 +489,12 @@ def _key(module: nn.Module, batches: Batches, step: Step, optimizer: torch.optim
         digest.update(f"{name} {tensor.dtype} {list(tensor.shape)}".encode())
         digest.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes())
     return digest.hexdigest()
+
+
+def _is_plain(value: Any) -> bool:
+    if isinstance(value, list | tuple):
+        return all(map(_is_plain, value))
+    return isinstance(value, bool | int | float | str | None)
 
 
 def _state(module: nn.Module) -> dict[str, Tensor]:

@@ -72,16 +72,16 @@ def ours(backbone: nn.Module, levels: list[str], widths: list[int]) -> Callable[
     return fit
 
 
-def anomalib(make: Callable[[], nn.Module], backbone: nn.Module) -> Callable[[Tensor], Score]:
+def anomalib(make: Callable[[], nn.Module], backbone: nn.Module, layout: torch.memory_format = torch.channels_last) -> Callable[[Tensor], Score]:
     def fit(images: Tensor) -> Score:
         model = make().train()
         assert not model.feature_extractor.feature_extractor.load_state_dict(backbone.state_dict(), strict=False).missing_keys  # type: ignore
-        model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+        model.to(memory_format=layout)  # type: ignore[call-overload]
         for batch in batches(images):
-            model(batch)
+            model(batch.contiguous(memory_format=layout))
         model.fit()  # type: ignore[operator]
         model.eval()
-        return lambda batch: model(batch).pred_score
+        return lambda batch: model(batch.contiguous(memory_format=layout)).pred_score
 
     return fit
 
@@ -102,7 +102,8 @@ def measure(quick: bool) -> None:
     widths = [each.shape[1] for each in probe(network, levels).values()]
     methods = {
         "": ours(backbone, levels, widths),
-        "_dfm": anomalib(lambda: DFMModel("tf_efficientnet_lite0", "blocks.4", pre_trained=False), backbone),
+        # DFM refuses channels-last maps (it takes a view of them)
+        "_dfm": anomalib(lambda: DFMModel("tf_efficientnet_lite0", "blocks.4", pre_trained=False), backbone, torch.contiguous_format),
         "_padim": anomalib(lambda: PadimModel("tf_efficientnet_lite0", ["blocks.1", "blocks.2", "blocks.4"], False, n_features=100), backbone),
     }
     figures: dict[str, list[float]] = {}

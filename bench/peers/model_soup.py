@@ -60,6 +60,7 @@ def family(place: Path, layers: int) -> None:
     from transformers import LlamaConfig, LlamaForCausalLM
 
     size = {"hidden_size": 768, "intermediate_size": 2048, "num_hidden_layers": layers, "num_attention_heads": 12, "num_key_value_heads": 12}
+    tokenizer = wellread.load("minilm-l6").input.tokenizer  # type: ignore[union-attr]  # any: a folder of text weights has one
     torch.manual_seed(0)
     model = LlamaForCausalLM(LlamaConfig(vocab_size=8192, max_position_embeddings=512, **size))
     for number in range(COUNT):
@@ -67,6 +68,7 @@ def family(place: Path, layers: int) -> None:
             for parameter in model.parameters():
                 parameter += 0.01 * torch.randn_like(parameter)
         model.save_pretrained(place / "hf" / str(number))
+        tokenizer.save_pretrained(place / "hf" / str(number))
         wellread.load(place / "hf" / str(number)).save(place / "ours" / str(number))
 
 
