@@ -27,7 +27,7 @@ from wellread.errors import BadInput
 from wellread.features import example_batch, trunk
 from wellread.inputs import ImageInput, TextInput
 from wellread.lineage import merged
-from wellread.network import Network, _build
+from wellread.network import Network, build
 from wellread.structure import class_name, layer_of
 
 Batch = Tensor | Mapping[str, Tensor]
@@ -47,24 +47,13 @@ def _tokens(transformer: nn.Module, batch: Mapping[str, Tensor]) -> State:
     return State(transformer.model.embeddings(**used), batch.get("attention_mask"))  # type: ignore[operator, union-attr]
 
 
-def _sentence(transformer: Any, state: State) -> Tensor:
-    """What families.Transformer does with the last hidden state [B, T, C]: a vector for each sentence [B, d]."""
-    hidden, mask = state
-    if transformer.pooling == "cls" or mask is None:
-        pooled = hidden[:, 0] if transformer.pooling == "cls" else hidden.mean(1)
-    else:
-        words = mask.unsqueeze(-1).to(hidden.dtype)
-        pooled = (hidden * words).sum(1) / words.sum(1).clamp(min=1e-9)
-    return transformer.head(F.normalize(pooled, dim=-1) if transformer.normalize else pooled)
-
-
 # what forward methods do between their layers
 FUNCTIONS: dict[str, Callable[..., Any]] = {
     "@relu": lambda _, state: F.relu(state.hidden),
     "@places": lambda _, state: state.hidden.mean((2, 3)),
     "@flatten": lambda _, state: state.hidden.flatten(1),
     "@tokens": _tokens,
-    "@sentence": _sentence,
+    "@sentence": lambda transformer, state: transformer.pool(state.hidden, state.mask),
 }
 
 
@@ -317,7 +306,7 @@ class Stitched(nn.Module):
         like = next(network.parameters(), torch.empty(0))
         self.front_chain, self.back_chain, self.until, self.since = Chain.of(**chain), Chain.of(**other_chain), until, since
         self.front = keep_only(network, self.front_chain.names(stem=True, blocks=self.front_chain.blocks[:until]))
-        rest = keep_only(_build(other), self.back_chain.names(blocks=self.back_chain.blocks[since:], head=True))
+        rest = keep_only(build(other), self.back_chain.names(blocks=self.back_chain.blocks[since:], head=True))
         self.stitch = Stitch(**stitch).to(like)
         self.back = rest.to(like)
 

@@ -214,14 +214,18 @@ def to_device(inputs: Any, device: torch.device) -> Any:
 @contextmanager
 def running(network: Network, device: torch.device) -> Iterator[None]:
     """The network in eval mode on `device`, convolutions in channels-last memory; put back afterwards."""
-    module, before, modes = network.module, network.device, {}
+    module, before = network.module, network.device
     modes = {name: layer.training for name, layer in module.named_modules()}
+    kernels = [layer.weight for layer in module.modules() if isinstance(layer, nn.Conv2d)]
+    plain = all(kernel.is_contiguous() for kernel in kernels)
     module.eval().to(device)
-    if any(isinstance(layer, nn.Conv2d) for layer in module.modules()):
+    if kernels:
         module.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
     try:
         yield
     finally:
         module.to(before)
+        if kernels and plain:
+            module.to(memory_format=torch.contiguous_format)  # type: ignore[call-overload]  # another layout rounds differently
         for name, layer in module.named_modules():
             layer.training = modes[name]

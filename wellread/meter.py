@@ -35,7 +35,7 @@ def macs(network: Network) -> int:
     """Multiply-accumulates for one example: matrix products, convolutions and attention as torch's FLOP counter sees them, halved."""
     module = network.module
     with _evaluating(module), torch.no_grad(), sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
-        _run(module, _batch(network, 1))  # the fused attention kernels of a CPU are not in the counter's list
+        _run(module, batch(network, 1))  # the fused attention kernels of a CPU are not in the counter's list
     return counter.get_total_flops() // 2
 
 
@@ -50,19 +50,19 @@ def milliseconds(network: Network, batch_size: int = 1, *, threads: int | None =
         raise BadInput(f"batch_size {batch_size}, threads {threads}, repeats {repeats}: give at least 1, 1 and 3")
     device = runtime.device()
     module = copy.deepcopy(network.module).eval().to(device)
-    batch = to_device(_batch(network, batch_size), device)
+    given = to_device(batch(network, batch_size), device)
     if any(isinstance(layer, nn.Conv2d) for layer in module.modules()):
         module.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
-        batch = batch.contiguous(memory_format=torch.channels_last) if isinstance(batch, Tensor) else batch
+        given = given.contiguous(memory_format=torch.channels_last) if isinstance(given, Tensor) else given
     taken: list[float] = []
     with _threads(threads), torch.inference_mode(), runtime.autocast(device):
         for _ in range(2):
-            _run(module, batch)
+            _run(module, given)
         began = time.perf_counter()
         while len(taken) < 3 or (len(taken) < repeats and time.perf_counter() - began < seconds):
             _wait(device)
             started = time.perf_counter()
-            _run(module, batch)
+            _run(module, given)
             _wait(device)
             taken.append(1000 * (time.perf_counter() - started))
     return float(np.median(taken))
@@ -87,7 +87,8 @@ def row(name: str, network: Network, batch_sizes: Sequence[int] = (1, 32), **set
     }
 
 
-def _batch(network: Network, rows: int) -> Tensor | dict[str, Tensor]:
+def batch(network: Network, rows: int) -> Tensor | dict[str, Tensor]:
+    """What networks are timed on: grey pictures, or sentences of `WORDS` words, or of as many as the network takes."""
     if isinstance(network.input, TextInput):
         length = min(WORDS, network.input.max_length)
         return to_device(network.input(["word " * length] * rows), network.device)

@@ -188,7 +188,7 @@ class Network:
         """A structure that does not build this module must be found at save, not at load."""
         with torch.device("meta"):
             try:
-                built = _build(self.structure)
+                built = build(self.structure)
             except (NotImplementedError, RuntimeError):
                 return  # some constructors compute with their tensors and cannot run without them; load() will check
         mine = {name: tensor.shape for name, tensor in self.module.state_dict().items()}
@@ -201,7 +201,8 @@ class Network:
                 )
 
 
-def _build(record: dict[str, Any]) -> nn.Module:
+def build(record: dict[str, Any]) -> nn.Module:
+    """The module of a `Network.structure`, with fresh weights."""
     module = families.build(record["architecture"])
     for change in record["edits"]:
         module = structure.apply(module, change, fill=False)
@@ -265,7 +266,7 @@ def _load_folder(folder: Path) -> Network:
     from safetensors.torch import load_model
 
     config = _read_config(folder)
-    module = _build(config)
+    module = build(config)
     dtypes = _dtypes(folder / WEIGHTS)
     for name, tensor in [*module.named_parameters(), *module.named_buffers()]:
         if name in dtypes:

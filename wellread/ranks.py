@@ -219,7 +219,7 @@ def _calls(network: Network, paths: Sequence[str]) -> dict[str, list[tuple[torch
         hooks.append(layer_of(network.module, path).register_forward_hook(note))
     try:
         with torch.inference_mode():
-            network(meter._batch(network, 1))
+            network(meter.batch(network, 1))
     finally:
         for hook in hooks:
             hook.remove()
@@ -233,7 +233,7 @@ def _runs(network: Network, paths: Sequence[str]) -> bool:
         for path, layer in layers.items():
             put_layer(network.module, path, nn.Sequential(layer).eval())
         with torch.inference_mode():
-            network(meter._batch(network, 1))
+            network(meter.batch(network, 1))
     except (AttributeError, TypeError):
         return False
     finally:

@@ -26,7 +26,7 @@ from wellread.features import capture, running, to_device
 from wellread.lineage import merged
 from wellread.meter import macs, row
 from wellread.method import known_classes, method
-from wellread.network import Network, _build
+from wellread.network import Network, build
 from wellread.norm import norm_layers
 from wellread.results import Front, Report
 from wellread.structure import class_name
@@ -185,7 +185,7 @@ class Stitchable(nn.Module):
         choice: int,
     ) -> None:
         super().__init__()
-        self.anchors = nn.ModuleList([network, *map(_build, others)])
+        self.anchors = nn.ModuleList([network, *map(build, others)])
         self.chains, self.heads, self.shapes = [Chain.of(**record) for record in chains], heads, stitches
         self.stitches = nn.ModuleList([Stitch(**shape) for shape in stitches])
         self.configurations, self.choice = configurations, choice
