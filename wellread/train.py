@@ -492,7 +492,7 @@ def _key(module: nn.Module, batches: Batches, step: Step, optimizer: torch.optim
 
 
 def _is_plain(value: Any) -> bool:
-    if isinstance(value, list | tuple):
+    if isinstance(value, tuple):  # a list is where a step may collect things
         return all(map(_is_plain, value))
     return isinstance(value, bool | int | float | str | None)
 
