@@ -362,7 +362,7 @@ class Heatmaps:
     def __len__(self) -> int:
         return len(self.maps)
 
-    def overlay(self, i: int, strength: float = 0.75, colors: str = "inferno") -> Array:
+    def overlay(self, i: int, strength: float = 0.55, colors: str = "inferno") -> Array:
         """Picture `i` with its map over it, uint8 [H, W, 3]: the more evidence, the less of the picture shines through.
 
         strength: opacity where the map is 1. colors: a matplotlib colormap.
@@ -373,7 +373,7 @@ class Heatmaps:
         _is_fraction(strength, "strength", low_included=True)
         heat = np.clip(self.maps[i], 0, None)
         heat = heat / max(1.0, float(heat.max()))
-        opacity = (strength * np.sqrt(heat))[..., None]
+        opacity = (strength * heat)[..., None]
         mixed: Array = np.rint((1 - opacity) * self.images[i] + opacity * 255 * colormap(colors, heat)).astype(np.uint8)
         return mixed
 

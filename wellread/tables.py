@@ -64,7 +64,7 @@ def _rich_table(heading: str, rows: list[dict[str, Any]], console: Console) -> A
     columns = {name: column_text(name, rows) for name in columns_of(rows)}
     widths = [min(20, max(len(text) for text in (name, *cells))) + 3 for name, cells in columns.items()]
     fitting = max(2, sum(end <= console.width for end in accumulate(widths)))  # a column of two letters is of no use
-    title = heading + (f" (+ {len(columns) - fitting} more columns)" if len(columns) > fitting else "")
+    title = heading + (f" (+ {len(columns) - fitting} more column{'s' if len(columns) - fitting > 1 else ''})" if len(columns) > fitting else "")
     columns = dict(list(columns.items())[:fitting])
     table = Table(title=Text(_printable(title, console)) if title else None, title_justify="left", box=box.SIMPLE_HEAD, pad_edge=False)
     for name in columns:

@@ -100,7 +100,9 @@ def fine_tune(
     seed: int = 0,
     name: str = "fine-tuning",
 ) -> History:
-    """Train all layers of a classifier in place: AdamW, cosine, one rate for the body and one for the head, the epoch that is best on validation.
+    """Train all layers of a classifier in place: AdamW, one rate for the body and one for the head, the epoch that is best on validation.
+
+    The rates rise over the first tenth of the steps (at full size Adam's first steps would throw away the head that was solved for), then a cosine.
 
     Without validation it trains for all epochs. Vectors (biases, norms) have no weight decay. Pictures of `validation` are never augmented.
     keep_norm: batch norms go on using (and keep) the means and variances that they came with, as they did when the head was solved for.
@@ -140,6 +142,7 @@ def fine_tune(
         step,
         epochs=epochs,
         learning_rate=learning_rate,
+        warmup=0.1,
         parameters=rates,
         validate=validate if validation is not None else None,
         patience=patience if validation is not None else None,
@@ -266,7 +269,7 @@ def transfer(
     folds: 0, or k for k-fold cross-validation on train: every row is predicted once by a network that has not seen it, then the best
         network is trained on all rows. A tenth of the rest of each fold decides epochs and penalties; validation, if given, is left for a last look.
     epochs: passes over train, at most.
-    learning_rate: of the body, at the start of a cosine.
+    learning_rate: of the body, at the top of a cosine after a short rise.
     head_learning_rate: of the head.
     weight_decay: of matrices and kernels.
     batch_size: rows per step.

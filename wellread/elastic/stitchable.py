@@ -289,11 +289,12 @@ def tune(
     frozen = norm_layers(super_module)
     super_module.steps.zero_()
     before = super_module.choice
+    drawn = [number for number, chosen in enumerate(super_module.configurations) if tune_anchors or "back" in chosen]  # networks alone have no stitch
 
     def step(module: Any, batch: dict[str, Any]) -> Tensor:
         for layer in frozen:
             layer.eval()
-        module.choice = int(np.random.default_rng((seed, int(module.steps))).integers(len(module.configurations)))
+        module.choice = int(np.random.default_rng((seed, int(module.steps))).choice(drawn))
         module.steps += 1
         inputs = batch["inputs"]
         logits = module(**inputs) if isinstance(inputs, dict) else module(inputs)
