@@ -236,7 +236,8 @@ def story(
             "Where the soup comes from",
             paragraphs(
                 "Each box is one call; the soup's folder carries this history with it. Saved, loaded in a new process and measured again, it gave "
-            ).replace("</p>", f"{'the same figures' if same else 'DIFFERENT FIGURES'}.</p>")
+                f"{'the same figures' if same else 'DIFFERENT FIGURES'}."
+            )
             + drawing(measured["soup"][0].lineage),
         ),
         (
