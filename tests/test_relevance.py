@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import copy
+import gc
+import weakref
 
 import pytest
 import torch
@@ -25,6 +27,21 @@ def relevance(module: nn.Module, x: Tensor, layers: list[str], column: int = 1) 
     start = torch.zeros_like(out)
     start[:, column] = 1
     return dict(zip(layers, torch.autograd.grad(out, [caught[name] if name else x for name in layers], start), strict=True))
+
+
+@pytest.mark.parametrize("released", [True, False])
+def test_a_released_pass_leaves_nothing_behind(released: bool) -> None:
+    module, x = randomised(small(), shift=True), torch.randn(2, 3, 16, 16, dtype=torch.float64, requires_grad=True)
+    rules = Rules()
+    with rules:
+        out = module(x)
+    torch.autograd.grad(out.sum(), x)
+    rule = weakref.ref(rules.hooks[0])
+    if released:
+        rules.release()
+    del rules, out
+    gc.collect()
+    assert (rule() is None) == released  # were it gone either way, release would not be needed
 
 
 def randomised(module: nn.Module, shift: bool) -> nn.Module:

@@ -50,13 +50,20 @@ class _Call(nn.Module):
 class Rules(TorchFunctionMode):
     """Inside it a forward pass is recorded in such a way that `torch.autograd.grad` gives relevance instead of gradients.
 
-    The values are those of the network; parameters must not require gradients, the input must. Raises `BadInput` for a call that has no rule.
+    The values are those of the network; parameters must not require gradients, the input must. Afterwards call `release`, or memory grows with
+    every pass. Raises `BadInput` for a call that has no rule.
     """
 
     def __init__(self) -> None:
         super().__init__()
         self.zennit = optional("zennit.rules", "compress")
         self.hooks: list[Any] = []
+
+    def release(self) -> None:
+        """Let go of the recorded pass, after `torch.autograd.grad`: its hooks and tensors hold one another where no garbage collector looks."""
+        for rule in self.hooks:
+            rule.remove()
+        self.hooks.clear()
 
     def ruled(self, rule: Any, x: Tensor, function: Callable[..., Tensor], weight: Tensor | None = None) -> Tensor:
         module = _Call(function, weight)

@@ -65,14 +65,17 @@ def _of_batch(network: Network, groups: list[Group], inputs: Any, targets: Tenso
     made = criterion in ("taylor", "gradient")
     places = {group: group.producers if made else group.consumers for group in groups}
     paths = list(dict.fromkeys(member.path for members in places.values() for member in members))
+    rules = Rules() if criterion == "lrp" else None
     with capture(network.module, paths, inputs=not made) as caught:
-        with torch.enable_grad(), Rules() if criterion == "lrp" else nullcontext(), _with_gradient(network.module, inputs) as given:
+        with torch.enable_grad(), rules or nullcontext(), _with_gradient(network.module, inputs) as given:
             logits = network(given)
         if criterion == "lrp":
             of, start = logits, F.one_hot(columns[targets], logits.shape[1]).to(logits.dtype)
         else:
             of, start = F.cross_entropy(logits[:, columns], targets, reduction="sum"), None
         back = dict(zip(paths, torch.autograd.grad(of, [caught[path] for path in paths], start, allow_unused=True), strict=True))
+    if rules is not None:
+        rules.release()
     found = {}
     for group, members in places.items():
         total = torch.zeros(group.units, device=targets.device)
