@@ -168,6 +168,16 @@ def test_whole_groups_of_a_convolution_can_go_but_not_uneven_parts() -> None:
             structure.apply(nn.Sequential(nn.Conv2d(6, 9, 1, groups=3)), {"edit": "keep_channels", **cut})
 
 
+def test_a_copy_without_masks_leaves_the_original_with_them() -> None:
+    import copy
+
+    net = structure.apply(nn.Sequential(nn.Linear(6, 4)), {"edit": "sparsify", "layers": {"0": 10}})
+    x, before = torch.randn(3, 6), net[0].weight.detach().clone()
+    dense = structure.apply(copy.deepcopy(net), {"edit": "densify"})
+    assert torch.equal(dense(x), net(x)) and torch.equal(net[0].weight, before) and int((before == 0).sum()) == 10
+    assert list(structure.masks(net)) == ["0"] and not structure.masks(dense)
+
+
 def test_masks_are_of_the_smallest_weights_and_zeros_stay_through_training_and_densify() -> None:
     torch.manual_seed(0)
     net = nn.Sequential(nn.Linear(4, 5), nn.ReLU(), nn.Linear(5, 2))

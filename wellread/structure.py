@@ -341,5 +341,9 @@ def sparsify(module: nn.Module, *, layers: dict[str, int], fill: bool = True) ->
 def densify(module: nn.Module, *, fill: bool = True) -> nn.Module:
     """Take all masks away. What they held at zero is zero now and can be trained again."""
     for path in masks(module):
-        parametrize.remove_parametrizations(layer_of(module, path), "weight", leave_parametrized=True)
+        layer = layer_of(module, path)
+        kind = type(layer)  # torch takes the weight's property off the class, which copies of the layer share: this one gets its own
+        own = {name: value for name, value in vars(kind).items() if name not in ("__dict__", "__weakref__")}
+        layer.__class__ = type(kind.__name__, kind.__bases__, own)
+        parametrize.remove_parametrizations(layer, "weight", leave_parametrized=True)
     return module

@@ -40,7 +40,7 @@ from wellread.lineage import versions
 RESULT = Path(__file__).parents[1] / "results" / "peers" / "pruning_by_explaining.json"
 QUICK = "--quick" in sys.argv
 DRAWS = [0] if QUICK else [0, 1, 2, 3, 4]
-TEST, STEP, TURNS = (60, 0.1, 1) if QUICK else (1000, 0.05, 5)
+EACH, TEST, STEP, TURNS = (2, 60, 0.1, 1) if QUICK else (10, 1000, 0.05, 5)
 LEVELS = (30, 50)  # percent of the inner channels
 EXPECTS = [
     Expect("without half of the channels it is more accurate than with torch-pruning's Taylor criterion", "accuracy_50_ratio_taylor", 1.0),
@@ -101,7 +101,7 @@ def main() -> None:
     order = np.random.default_rng(11).permutation(len(cifar["test"]))
     for draw in DRAWS:
         print(f"draw {draw}", flush=True)
-        reference = few(cifar["train"], 10, np.random.default_rng(200 + draw), "reference")
+        reference = few(cifar["train"], EACH, np.random.default_rng(200 + draw), "reference")
         test = rename(subset(cifar["test"], order[draw * TEST : (draw + 1) * TEST]), "test")
         found: dict[str, float] = {"accuracy_whole": 100 * score(start, test)}
         half = {"_whole": start}
@@ -135,7 +135,7 @@ def main() -> None:
         "machine": machine(),
         "versions": versions(),
         "threads": torch.get_num_threads(),
-        "sizes": {"network": "ResNet-20, 336 inner channels", "reference": "10 pictures of each class", "test": TEST, "step": STEP, "turns": TURNS},
+        "sizes": {"network": "ResNet-20, 336 inner channels", "reference": f"{EACH} pictures of each class", "test": TEST, "step": STEP, "turns": TURNS},
         "seconds": round(time.perf_counter() - began, 1),
         "seeds": DRAWS,
         "expects": expects,

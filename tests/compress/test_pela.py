@@ -52,6 +52,10 @@ def vit() -> Network:
     return network.edited(input=network.input.changed(size=(32, 32)))  # type: ignore[union-attr]
 
 
+def example(folder: Path) -> dict[str, Any]:
+    return {"network": str(vit().save(folder / "vit")), "data": "digits:train[:16]", "held_out": "digits:test[:8]", "epochs": 1, "batch_size": 8}
+
+
 @pytest.fixture(scope="module")
 def text(tmp_path_factory: pytest.TempPathFactory) -> Network:
     return text_encoder(tmp_path_factory.mktemp("vocabulary"))

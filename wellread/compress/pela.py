@@ -68,13 +68,14 @@ def perturbation_loss(pairs: Sequence[tuple[nn.Module, Tensor]], epsilon: float 
 
 
 def features_of(network: Network, names: Sequence[str], inputs: Any) -> tuple[dict[str, Tensor], Tensor]:
-    """Outputs of the blocks, and of the network."""
+    """Outputs of the blocks, [B, T, C] each or as they are, and of the network, [B, d]; inputs as the network takes them."""
     with capture(network.module, names) as caught:
         out = network(inputs)
     return {name: caught[name] for name in names}, out
 
 
 def token_mask(inputs: Any) -> Tensor | None:
+    """[B, T], 1 for words and 0 for padding; None for pictures."""
     return inputs.get("attention_mask") if isinstance(inputs, Mapping) else None
 
 

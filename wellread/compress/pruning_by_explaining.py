@@ -127,7 +127,7 @@ def _by_unit(values: Tensor, channels: tuple[tuple[int, ...], ...]) -> Tensor:
 
 
 def least(scores: Mapping[Group, Tensor], count: int, floors: Mapping[Group, int]) -> dict[Group, list[int]]:
-    """The units that stay when the `count` with the smallest scores over all groups go, of no group more than leaves it its floor."""
+    """The units that stay when the `count` with the smallest scores [units] over all groups go, of no group more than leaves it its floor."""
     groups = list(scores)
     order = sorted((value, place, unit) for place, group in enumerate(groups) for unit, value in enumerate(scores[group].tolist()))
     kept = {group: set(range(group.units)) for group in groups}

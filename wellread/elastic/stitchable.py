@@ -370,6 +370,8 @@ def stitchable(
     Source: Pan, Cai, Zhuang 2023, arXiv 2302.06586.
     """
     given = [networks[i] for i in range(len(networks))]
+    for each in given:
+        each.check_finite()
     order = np.random.default_rng(seed).permutation(len(calibration))
     solved_on = subset(calibration, np.sort(order[:samples]))
     rest = subset(calibration, np.sort(order[samples : samples + 1000])) if len(calibration) > samples else solved_on
