@@ -106,14 +106,62 @@ def record(
         "baselines": {name: summary(values) for name, values in baselines.items()},
         "notes": [*notes, *([f"{card.code.name} was changed while it was measured"] if changed else [])],
     }
-    folder = results or RESULTS
-    folder.mkdir(parents=True, exist_ok=True)
-    target = folder / f"{card.path.stem}.json"
+    _write((results or RESULTS) / f"{card.path.stem}.json", content)
+    _print(content)
+    return content
+
+
+def record_peer(
+    name: str,
+    peer: str,
+    *,
+    figures: Figures,
+    expects: Sequence[Expect],
+    sizes: Mapping[str, Any],
+    seconds: float,
+    notes: Sequence[str],
+    results: Path | None = None,
+    **more: Any,
+) -> dict[str, Any]:
+    """Write a comparison with what users have today to results/peers/<name>.json, print what was expected, and return it.
+
+    peer: what it is compared with, in words. figures: one number, or one per seed, by name. more: what else belongs into the file, such as `seeds`.
+    """
+    import torch
+
+    content = {
+        "peer": peer,
+        "date": datetime.now(timezone.utc).date().isoformat(),
+        "machine": machine(),
+        "versions": versions(),
+        "threads": torch.get_num_threads(),
+        "sizes": dict(sizes),
+        "seconds": round(seconds, 1),
+        "expects": [expect.result(figures) for expect in expects],
+        "figures": {figure: summary(values) if isinstance(values, Sequence) else values for figure, values in figures.items()},
+        "notes": list(notes),
+        **more,
+    }
+    _write((results or RESULTS) / "peers" / f"{name}.json", content)
+    for expect in content["expects"]:
+        print(f"{'held' if expect['passed'] else 'FAILED'}: {expect['sentence']}: {catalog.shown(expect['value'])}")
+    return content
+
+
+class Noted(dict[str, list[float]]):
+    """Figures as they come: `note(accuracy_percent=81.2)` adds a value to that name, one per seed, and prints it."""
+
+    def __call__(self, **values: float) -> None:
+        for name, value in values.items():
+            self.setdefault(name, []).append(float(value))
+            print(f"  {name:34} {value:.4g}", flush=True)
+
+
+def _write(target: Path, content: Mapping[str, Any]) -> None:
+    target.parent.mkdir(parents=True, exist_ok=True)
     beside = target.with_suffix(f".{os.getpid()}.tmp")
     beside.write_text(json.dumps(content, indent=1, ensure_ascii=False, default=_number) + "\n", "utf-8")
     os.replace(beside, target)
-    _print(content)
-    return content
 
 
 def summary(values: float | Sequence[float]) -> dict[str, Any]:

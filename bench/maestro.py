@@ -20,7 +20,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from bench.cifar_resnet import network
-from bench.harness import Expect, record
+from bench.harness import Expect, Noted, record
 from wellread import Network, load_data, meter, ranks
 from wellread.batches import network_batches
 from wellread.compress.maestro import NORM_ROWS, cut_to, deploy, draw, maestro, merged, ordered_layers, train_ordered
@@ -99,13 +99,7 @@ def plain(start: Network, train: Any, seed: int) -> Network:
 
 def main() -> None:
     warnings.simplefilter("ignore", UserWarning)
-    figures: dict[str, list[float]] = {}
-
-    def note(**values: float) -> None:
-        for name, value in values.items():
-            figures.setdefault(name, []).append(float(value))
-            print(f"  {name:34} {value:.4f}", flush=True)
-
+    note = figures = Noted()
     for seed in SEEDS:
         found = {ordered: autoencoder(seed, ordered) for ordered in (True, False)}
         note(pca_ordered=max(found[True].values()), pca_plain=min(found[False][k] for k in COMPONENTS if k <= 8))

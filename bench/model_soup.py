@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from bench.cifar_resnet import network
-from bench.harness import Expect, record
+from bench.harness import Expect, Noted, record
 from wellread import Network, load_data
 from wellread.averages import fill
 from wellread.batches import network_batches
@@ -85,13 +85,7 @@ def tuned(start: Network, data: Dataset, *, rate: float, augmented: bool, smooth
 
 
 def main() -> None:
-    figures: dict[str, list[float]] = {}
-
-    def note(**values: float) -> None:
-        for name, value in values.items():
-            figures.setdefault(name, []).append(value)
-            print(f"  {name:28} {value:.2f}", flush=True)
-
+    note = figures = Noted()
     cifar = load_data("cifar10")
     order = np.random.default_rng(0).permutation(len(cifar["train"]))
     test = shifted(cifar["test"], np.arange(TEST), "test")

@@ -23,7 +23,7 @@ from scipy.stats import spearmanr
 from torch import Tensor, nn
 
 import wellread
-from bench.harness import Expect, record
+from bench.harness import Expect, Noted, record
 from wellread import Network, meter
 from wellread.batches import Batches
 from wellread.compress.pela import blocks, distil, feature_error, low_rank_start, pela, ratio_rank
@@ -115,13 +115,7 @@ def tuned(network: Network, pairs: Pairs, seed: int) -> Network:
 
 def main() -> None:
     warnings.simplefilter("ignore")
-    figures: dict[str, list[float]] = {}
-
-    def note(**values: float) -> None:
-        for name, value in values.items():
-            figures.setdefault(name, []).append(float(value))
-            print(f"  {name:28} {value:.3f}", flush=True)
-
+    note = figures = Noted()
     tests = {"sick": few(sick("test_annotated"), PAIRS), "stsb": few(stsb(), PAIRS)}
     pairs = sick("train")
     sentences = sorted({*pairs[0], *pairs[1]} - {*tests["sick"][0], *tests["sick"][1]})

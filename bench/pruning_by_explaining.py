@@ -21,7 +21,7 @@ from torch.nn import functional as F
 
 import wellread
 from bench.cifar_resnet import network
-from bench.harness import Expect, record
+from bench.harness import Expect, Noted, record
 from wellread import ImageInput, Network, load_data, meter, runtime
 from wellread.batches import network_batches
 from wellread.compress.pruning_by_explaining import Criterion, pruning_by_explaining
@@ -103,13 +103,7 @@ def small_vit(train: Dataset) -> Network:
 
 
 def main() -> None:
-    figures: dict[str, list[float]] = {}
-
-    def note(**values: float) -> None:
-        for name, value in values.items():
-            figures.setdefault(name, []).append(value)
-            print(f"  {name:28} {value:.2f}", flush=True)
-
+    note = figures = Noted()
     cifar, start = load_data("cifar10"), network(20)
     order = np.random.default_rng(7).permutation(len(cifar["test"]))
     for draw in DRAWS:

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from bench.cifar_resnet import network
-from bench.harness import Expect, record
+from bench.harness import Expect, Noted, record
 from wellread import Network, load_data
 from wellread.batches import network_batches
 from wellread.data import subset
@@ -64,13 +64,7 @@ def random_blocks(start: Network, sizes: Sizes, train: Dataset, seed: int) -> Ne
 
 
 def main() -> None:
-    figures: dict[str, list[float]] = {}
-
-    def note(**values: float) -> None:
-        for name, value in values.items():
-            figures.setdefault(name, []).append(value)
-            print(f"  {name:28} {value:.2f}", flush=True)
-
+    note = figures = Noted()
     cifar = load_data("cifar10")
     order = np.random.default_rng(0).permutation(len(cifar["train"]))
     test, norm = subset(cifar["test"], range(TEST)), subset(cifar["train"], order[-NORM:])

@@ -20,7 +20,7 @@ import numpy as np
 from datasets import Dataset
 from torch import Tensor, nn
 
-from bench.harness import Expect, record
+from bench.harness import Expect, Noted, record
 from wellread import Network, load
 from wellread.data import rename, subset
 from wellread.elastic.starbucks import check_pairs, encoder, pair_batches, parse_sizes, size_name, spearman, starbucks_loss, sub_network
@@ -109,13 +109,7 @@ def matryoshka(start: Network, train: Dataset, dimensions: list[int], seed: int)
 
 
 def main() -> None:
-    figures: dict[str, list[float]] = {}
-
-    def note(**values: float) -> None:
-        for name, value in values.items():
-            figures.setdefault(name, []).append(value)
-            print(f"  {name:28} {value:.2f}", flush=True)
-
+    note = figures = Noted()
     start = load("minilm-l6")
     parts = encoder(start)
     sizes = parse_sizes(NAMES, parts.depth, parts.width)

@@ -19,7 +19,7 @@ import torch
 
 import wellread
 from bench.cifar_resnet import network
-from bench.harness import Expect, record
+from bench.harness import Expect, Noted, record
 from wellread import Network, load_data, runtime
 from wellread.data import labels, rename, subset
 from wellread.elastic.stitchable import cut, quality, stitched_by_least_squares, tune
@@ -78,14 +78,7 @@ def accuracies(made: Network, data: Any, truth: np.ndarray) -> np.ndarray:
 
 
 def main() -> None:
-    figures: dict[str, list[float]] = {}
-
-    def note(**values: float) -> None:
-        for name, value in values.items():
-            figures.setdefault(name, []).append(float(value))
-            print(f"  {name:28} {value:.3f}   ({time.perf_counter() - began:.0f} s)", flush=True)
-
-    began = time.perf_counter()
+    note = figures = Noted()
     cifar = load_data("cifar10")
     order = np.random.default_rng(0).permutation(len(cifar["test"]))
     test = rename(subset(cifar["test"], order[:TEST]), "test")

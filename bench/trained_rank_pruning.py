@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 
 from bench.cifar_resnet import network
-from bench.harness import Expect, record
+from bench.harness import Expect, Noted, record
 from wellread import Network, load_data, meter
 from wellread.compress.trained_rank_pruning import trained_rank_pruning
 from wellread.data import subset
@@ -71,13 +71,7 @@ def one_shot(start: Network, data: Any, scheme: Any, keep: float) -> tuple[Netwo
 
 def main() -> None:
     warnings.simplefilter("ignore", UserWarning)
-    figures: dict[str, list[float]] = {}
-
-    def note(**values: float) -> None:
-        for name, value in values.items():
-            figures.setdefault(name, []).append(float(value))
-            print(f"  {name:34} {value:.3f}", flush=True)
-
+    note = figures = Noted()
     cifar = load_data("cifar10")
     order = np.random.default_rng(0).permutation(len(cifar["train"]))
     test = subset(cifar["test"], np.arange(TEST) * (len(cifar["test"]) // TEST))

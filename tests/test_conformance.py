@@ -566,6 +566,23 @@ def test_a_record_holds_what_was_measured(made, tmp_path, capsys):
     assert [path.name for path in (tmp_path / "results").iterdir()] == ["hot_head.json"]
 
 
+def test_a_comparison_with_a_peer_is_written_beside_the_results(tmp_path, capsys):
+    from bench import harness
+
+    figures = harness.Noted()
+    for value in (1.0, 3.0):
+        figures(ours=value, theirs=4)
+    assert figures == {"ours": [1.0, 3.0], "theirs": [4.0, 4.0]}
+    expects = [harness.Expect("ours is smaller", "ours / theirs", 1.0, at_least=False)]
+    content = harness.record_peer(
+        "scales", "their scales", figures={**figures, "ratio": 0.5}, expects=expects, sizes={"rows": 2}, seconds=1.23, notes=["n"], results=tmp_path, seeds=[0, 1]
+    )
+    assert json.loads((tmp_path / "peers" / "scales.json").read_text()) == content
+    assert content["figures"] == {**{name: harness.summary(figures[name]) for name in figures}, "ratio": 0.5}
+    assert content["expects"][0]["value"] == 0.5 and content["seconds"] == 1.2 and content["seeds"] == [0, 1] and content["threads"] >= 1
+    assert "held: ours is smaller: 0.5" in capsys.readouterr().out
+
+
 @pytest.mark.parametrize(
     "metric, threshold, at_least, value, passed",
     [

@@ -14,29 +14,23 @@ deep in this network as their default ones in a ResNet (stride 16; strides 4, 8 
 
 from __future__ import annotations
 
-import json
-import os
 import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
-from datetime import datetime, timezone
 from importlib.metadata import version
-from pathlib import Path
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
 from bench.gaussian_anomaly import auroc, fed, split
-from bench.harness import Expect, machine, summary
+from bench.harness import Expect, record_peer
 from wellread import load, load_data
 from wellread.adapt.gaussian_anomaly import AnomalyScore, fit_gaussians
 from wellread.data import class_names, labels, pixels, subset
 from wellread.features import capture, pooled, probe, stages
-from wellread.lineage import versions
 
-RESULT = Path(__file__).parents[1] / "results" / "peers" / "gaussian_anomaly.json"
 SEEDS = (0, 1, 2)
 SIZE, BATCH = 160, 32
 EXPECTS = [
@@ -128,29 +122,19 @@ def measure(quick: bool) -> None:
         print(f"{name:40} {np.mean(values):.4g}")
     if quick:
         return
-    expects = [expect.result(figures) for expect in EXPECTS]
-    content = {
-        "peer": f"anomalib {version('anomalib')}: DFMModel (feature reconstruction error) and PadimModel (100 features)",
-        "date": datetime.now(timezone.utc).date().isoformat(),
-        "machine": machine(),
-        "versions": versions(),
-        "threads": torch.get_num_threads(),
-        "sizes": {"network": "efficientnet-lite0", "size": size, "fitted": 200, "normal": 100, "defective": len(bad), "batch": BATCH},
-        "seconds": round(time.perf_counter() - began, 1),
-        "seeds": list(SEEDS),
-        "expects": expects,
-        "figures": {name: summary(values) for name, values in figures.items()},
-        "notes": [
+    record_peer(
+        "gaussian_anomaly",
+        f"anomalib {version('anomalib')}: DFMModel (feature reconstruction error) and PadimModel (100 features)",
+        figures=figures,
+        expects=EXPECTS,
+        sizes={"network": "efficientnet-lite0", "size": size, "fitted": 200, "normal": 100, "defective": len(bad), "batch": BATCH},
+        seconds=time.perf_counter() - began,
+        seeds=list(SEEDS),
+        notes=[
             "ratios are ours to theirs in the same turn; names without a peer's name are ours (low-variance components, Ledoit-Wolf, 9 levels)",
             "PaDiM scores every position and gives a map, ours gives one score per picture",
         ],
-    }
-    RESULT.parent.mkdir(parents=True, exist_ok=True)
-    part = RESULT.with_suffix(".tmp")
-    part.write_text(json.dumps(content, indent=1) + "\n", "utf-8")
-    os.replace(part, RESULT)
-    for expect in expects:
-        print(f"{'held' if expect['passed'] else 'FAILED'}: {expect['sentence']}: {expect['value']:.3f}")
+    )
 
 
 def main() -> None:

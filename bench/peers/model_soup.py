@@ -22,7 +22,6 @@ import subprocess
 import sys
 import tempfile
 import time
-from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
 
@@ -30,10 +29,9 @@ import torch
 from safetensors.torch import load_file
 
 import wellread
-from bench.harness import Expect, machine, summary
+from bench.harness import Expect, record_peer, summary
 from wellread.lineage import versions
 
-RESULT = Path(__file__).parents[1] / "results" / "peers" / "model_soup.json"
 COUNT = 8
 EXPECTS = [
     Expect("the average of eight checkpoints takes no longer than mergekit's", "seconds / seconds_mergekit", 1.0, at_least=False),
@@ -138,33 +136,25 @@ def main() -> None:
     for kind in ("seconds", "peak_mb"):
         for arm in ("", "_transformers_folders"):
             values[f"{kind}{arm}_to_mergekit"] = values[f"{kind}{arm}"] / values[f"{kind}_mergekit"]
-    expects = [expect.result(values) for expect in EXPECTS]
-    content = {
-        "peer": "mergekit, merge_method linear",
-        "date": datetime.now(timezone.utc).date().isoformat(),
-        "machine": machine(),
-        "versions": versions() | {"mergekit": subprocess.check_output([pythons["mergekit"], "-c", VERSION], text=True).strip()},
-        "threads": torch.get_num_threads(),
-        "sizes": {"checkpoints": COUNT, "checkpoint_mb": round(size, 1), "turns": turns},
-        "seconds": round(time.perf_counter() - began, 1),
-        "expects": expects,
-        "figures": values,
-        "per_turn": {name: summary(each) for name, each in figures.items()},
-        "notes": [
+    for name, value in values.items():
+        print(f"{name:40} {value:.4g}")
+    if given.quick:
+        return
+    record_peer(
+        "model_soup",
+        "mergekit, merge_method linear",
+        figures=values,
+        expects=EXPECTS,
+        sizes={"checkpoints": COUNT, "checkpoint_mb": round(size, 1), "turns": turns},
+        seconds=time.perf_counter() - began,
+        versions=versions() | {"mergekit": subprocess.check_output([pythons["mergekit"], "-c", VERSION], text=True).strip()},
+        per_turn={name: summary(each) for name, each in figures.items()},
+        notes=[
             "medians over the turns; peak memory is the largest resident set, pages of mapped files included",
             "peak_checkpoints: peak memory beyond that of the imports, in checkpoints",
             "transformers_folders: ours on mergekit's input, which it first writes anew in a form that can be read tensor by tensor",
         ],
-    }
-    for name, value in values.items():
-        print(f"{name:40} {value:.4g}")
-    for expect in expects:
-        print(f"{'held' if expect['passed'] else 'FAILED'}: {expect['sentence']}: {expect['value']:.3f}")
-    if not given.quick:
-        RESULT.parent.mkdir(parents=True, exist_ok=True)
-        part = RESULT.with_suffix(".tmp")
-        part.write_text(json.dumps(content, indent=1) + "\n", "utf-8")
-        os.replace(part, RESULT)
+    )
 
 
 VERSION = "import importlib.metadata; print(importlib.metadata.version('mergekit'))"

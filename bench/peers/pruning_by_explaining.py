@@ -10,24 +10,19 @@ at each step meanwhile, as it always does. --quick tries it out and records noth
 
 from __future__ import annotations
 
-import json
-import os
 import sys
 import time
 from collections.abc import Callable
-from datetime import datetime, timezone
 from importlib.metadata import version
-from pathlib import Path
 
 import numpy as np
-import torch
 import torch_pruning
 from datasets import Dataset
 from torch import nn
 from torch.nn import functional as F
 
 from bench.cifar_resnet import network
-from bench.harness import Expect, machine, summary
+from bench.harness import Expect, record_peer
 from bench.pruning_by_explaining import few
 from wellread import Network, load_data, meter, runtime
 from wellread.batches import network_batches
@@ -35,9 +30,7 @@ from wellread.compress.pruning_by_explaining import pruning_by_explaining
 from wellread.data import rename, subset
 from wellread.evaluate import score
 from wellread.features import example_batch
-from wellread.lineage import versions
 
-RESULT = Path(__file__).parents[1] / "results" / "peers" / "pruning_by_explaining.json"
 QUICK = "--quick" in sys.argv
 DRAWS = [0] if QUICK else [0, 1, 2, 3, 4]
 EACH, TEST, STEP, TURNS = (2, 60, 0.1, 1) if QUICK else (10, 1000, 0.05, 5)
@@ -128,31 +121,21 @@ def main() -> None:
             print(f"  {name:28} {value:.4g}", flush=True)
     if QUICK:
         return
-    expects = [expect.result(figures) for expect in EXPECTS]
-    content = {
-        "peer": f"torch-pruning {version('torch-pruning')}: BasePruner, global, with GroupTaylorImportance and GroupMagnitudeImportance",
-        "date": datetime.now(timezone.utc).date().isoformat(),
-        "machine": machine(),
-        "versions": versions(),
-        "threads": torch.get_num_threads(),
-        "sizes": {"network": "ResNet-20, 336 inner channels", "reference": f"{EACH} pictures of each class", "test": TEST, "step": STEP, "turns": TURNS},
-        "seconds": round(time.perf_counter() - began, 1),
-        "seeds": DRAWS,
-        "expects": expects,
-        "figures": {name: summary(values) for name, values in figures.items()},
-        "notes": [
+    record_peer(
+        "pruning_by_explaining",
+        f"torch-pruning {version('torch-pruning')}: BasePruner, global, with GroupTaylorImportance and GroupMagnitudeImportance",
+        figures=figures,
+        expects=EXPECTS,
+        sizes={"network": "ResNet-20, 336 inner channels", "reference": f"{EACH} pictures of each class", "test": TEST, "step": STEP, "turns": TURNS},
+        seconds=time.perf_counter() - began,
+        seeds=DRAWS,
+        notes=[
             "ratios are ours to theirs in the same draw; names without a peer's name are ours (relevance); accuracies in percent, macs in millions",
             "seconds are those of removing half of the channels in ten steps; ours traces the network anew and follows the accuracy at each step",
             "channels are those that are left, of 336: torch-pruning's threshold may take one more or less than asked",
             "milliseconds are those of a batch, without half of the channels; medians of five turns, the networks taking turns",
         ],
-    }
-    RESULT.parent.mkdir(parents=True, exist_ok=True)
-    part = RESULT.with_suffix(".tmp")
-    part.write_text(json.dumps(content, indent=1) + "\n", "utf-8")
-    os.replace(part, RESULT)
-    for expect in expects:
-        print(f"{'held' if expect['passed'] else 'FAILED'}: {expect['sentence']}: {expect['value']:.3f}")
+    )
 
 
 if __name__ == "__main__":

@@ -10,31 +10,24 @@ those of the encoder cut to a size, on test pairs; the speed is that of the trai
 
 from __future__ import annotations
 
-import json
-import os
 import sys
 import tempfile
 import time
 from collections.abc import Callable
-from datetime import datetime, timezone
 from importlib.metadata import version
-from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 from datasets import Dataset
 from torch import Tensor, nn
 
-from bench.harness import Expect, machine, summary
+from bench.harness import Expect, record_peer
 from bench.starbucks import sick
 from wellread import Network, load, runtime
 from wellread.data import subset
 from wellread.elastic.starbucks import Size, encoder, pair_batches, parse_sizes, size_name, spearman, starbucks_loss
-from wellread.lineage import versions
 from wellread.train import History, fit
 
-RESULT = Path(__file__).parents[1] / "results" / "peers" / "starbucks.json"
 QUICK = "--quick" in sys.argv
 SEEDS = [0] if QUICK else [0, 1, 2]
 TRAIN, TEST = (48, 60) if QUICK else (640, 1000)
@@ -121,31 +114,21 @@ def main() -> None:
             print(f"  {name:40} {value:.4g}", flush=True)
     if QUICK:
         return
-    expects = [expect.result(figures) for expect in EXPECTS]
-    content = {
-        "peer": f"sentence-transformers {version('sentence-transformers')}: Matryoshka2dLoss around CoSENTLoss",
-        "date": datetime.now(timezone.utc).date().isoformat(),
-        "machine": machine(),
-        "versions": versions(),
-        "threads": torch.get_num_threads(),
-        "sizes": {"network": "all-MiniLM-L6-v2", "sizes": " ".join(NAMES), "train_pairs": TRAIN, "test_pairs": TEST, "batch": 16},
-        "seconds": round(time.perf_counter() - began, 1),
-        "seeds": SEEDS,
-        "expects": expects,
-        "figures": {name: summary(values) for name, values in figures.items()},
-        "notes": [
+    record_peer(
+        "starbucks",
+        f"sentence-transformers {version('sentence-transformers')}: Matryoshka2dLoss around CoSENTLoss",
+        figures=figures,
+        expects=EXPECTS,
+        sizes={"network": "all-MiniLM-L6-v2", "sizes": " ".join(NAMES), "train_pairs": TRAIN, "test_pairs": TEST, "batch": 16},
+        seconds=time.perf_counter() - began,
+        seeds=SEEDS,
+        notes=[
             "ratios are ours to theirs with the same seed; names without a peer's name are ours",
             "Spearman correlations times 100; smaller: the mean over the sizes below the full one",
             "matryoshka: one random layer and one random length in each step; matryoshka_all: all six layers with all five lengths",
             "ours trains these five sizes in each step and no others; Matryoshka2dLoss trains sizes in between as well",
         ],
-    }
-    RESULT.parent.mkdir(parents=True, exist_ok=True)
-    part = RESULT.with_suffix(".tmp")
-    part.write_text(json.dumps(content, indent=1) + "\n", "utf-8")
-    os.replace(part, RESULT)
-    for expect in expects:
-        print(f"{'held' if expect['passed'] else 'FAILED'}: {expect['sentence']}: {expect['value']:.3f}")
+    )
 
 
 if __name__ == "__main__":

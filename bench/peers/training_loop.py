@@ -13,7 +13,6 @@ that is worth up to 10 % in either direction.
 from __future__ import annotations
 
 import io
-import json
 import os
 import shutil
 import statistics
@@ -22,7 +21,6 @@ import tempfile
 import time
 from collections.abc import Callable
 from contextlib import redirect_stderr
-from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
 
@@ -32,13 +30,11 @@ from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 from torch.utils.data import DataLoader, TensorDataset
 
-from bench.harness import Expect, machine
+from bench.harness import Expect, record_peer
 from wellread.batches import tensor_batches
-from wellread.lineage import versions
 from wellread.runtime import using
 from wellread.train import fit
 
-RESULT = Path(__file__).parents[1] / "results" / "peers" / "training_loop.json"
 EXPECTS = [
     Expect("on a small ResNet, fit takes at most 3 % longer than a hand-written torch loop", "conv_fit", 1.03, at_least=False),
     Expect("also when it writes checkpoints", "conv_fit_with_checkpoints", 1.03, at_least=False),
@@ -171,26 +167,16 @@ def main() -> None:
             figures |= {f"{name}_{loop}": middle, f"{name}_{loop}_quartile_1": low, f"{name}_{loop}_quartile_3": high, f"{name}_{loop}_cpu": cpu}
             print(f"{name:5} {loop:20} {middle:.3f} of the hand-written loop (quartiles {low:.3f} and {high:.3f}; processor time {cpu:.3f})")
     figures["fit_added_ms_per_step"] = figures["mlp_lean_ms_per_step"] * (figures["mlp_fit"] - 1)
-    expects = [expect.result(figures) for expect in EXPECTS]
-    content = {
-        "peer": "a hand-written torch loop",
-        "date": datetime.now(timezone.utc).date().isoformat(),
-        "machine": machine(),
-        "versions": versions(),
-        "threads": torch.get_num_threads(),
-        "sizes": {**sizes, "batch": BATCH},
-        "seconds": round(time.perf_counter() - began, 1),
-        "expects": expects,
-        "figures": figures,
-        "notes": ["figures without a unit are ratios of wall time to the hand-written loop in the same turn, medians over the turns"],
-    }
-    RESULT.parent.mkdir(parents=True, exist_ok=True)
-    part = RESULT.with_suffix(".tmp")
-    part.write_text(json.dumps(content, indent=1) + "\n", "utf-8")
-    os.replace(part, RESULT)
-    print(f"one step of fit adds {figures['fit_added_ms_per_step']:.3f} ms; {content['seconds']} s in all")
-    for expect in expects:
-        print(f"{'held' if expect['passed'] else 'FAILED'}: {expect['sentence']}: {expect['value']:.3f}")
+    print(f"one step of fit adds {figures['fit_added_ms_per_step']:.3f} ms")
+    record_peer(
+        "training_loop",
+        "a hand-written torch loop",
+        figures=figures,
+        expects=EXPECTS,
+        sizes={**sizes, "batch": BATCH},
+        seconds=time.perf_counter() - began,
+        notes=["figures without a unit are ratios of wall time to the hand-written loop in the same turn, medians over the turns"],
+    )
 
 
 if __name__ == "__main__":
