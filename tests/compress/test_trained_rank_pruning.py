@@ -19,7 +19,7 @@ from torch.nn import functional as F
 import wellread
 from wellread import Network, meter, ranks, runtime
 from wellread.batches import network_batches
-from wellread.compress.trained_rank_pruning import project, spectra, train_low_rank, trained_rank_pruning
+from wellread.compress.trained_rank_pruning import needs_its_norm, project, spectra, train_low_rank, trained_rank_pruning
 from wellread.data import as_data
 from wellread.errors import BadInput
 from wellread.evaluate import predict
@@ -206,10 +206,10 @@ def test_half_the_network_saved_and_loaded_in_a_new_process(name: str, colors: D
 
 
 def test_energy_one_changes_nothing_but_the_layers(cnn: Network, colors: Dataset) -> None:
-    small = trained_rank_pruning(cnn, colors, energy=1.0, epochs=0, pays="always", refresh_norm=False)
+    small = trained_rank_pruning(cnn, colors, energy=1.0, epochs=0, pays="always", keep_norm=True)
     assert small.reports["rank pruning"].figures["layers cut"] == len(ranks.find_layers(cnn)[0])
     np.testing.assert_allclose(predict(small, colors), predict(cnn, colors), rtol=1e-4, atol=1e-5)
-    whole = trained_rank_pruning(cnn, colors, energy=1.0, epochs=0, refresh_norm=False)
+    whole = trained_rank_pruning(cnn, colors, energy=1.0, epochs=0, keep_norm=True)
     assert whole.edits == cnn.edits and "no layer was cut" in whole.reports["rank pruning"].warnings[0]
     assert states_equal(whole, cnn)
 
@@ -240,11 +240,22 @@ def test_training_after_the_cut_trains_the_parts(cnn: Network, colors: Dataset) 
 
 
 def test_batch_norm_is_estimated_anew(cnn: Network, colors: Dataset) -> None:
-    kept = trained_rank_pruning(cnn, colors, energy=0.5, epochs=0, refresh_norm=False)
-    anew = trained_rank_pruning(cnn, colors, energy=0.5, epochs=0)
+    kept = trained_rank_pruning(cnn, colors, energy=0.5, epochs=0, keep_norm=True)
+    anew = trained_rank_pruning(cnn, colors, energy=0.5, epochs=0, keep_norm=False)
     assert kept.edits == anew.edits
     changed = {key for key, tensor in kept.module.state_dict().items() if not torch.equal(tensor, anew.module.state_dict()[key])}
     assert changed and all("running_" in key or "num_batches" in key for key in changed)
+
+
+@pytest.mark.parametrize("keep_norm", [True, False])
+def test_a_network_tuned_with_kept_batch_norm_keeps_it(cnn: Network, colors: Dataset, keep_norm: bool) -> None:
+    tuned = cnn.copy()
+    train_low_rank(tuned, colors, [], lambda _: ({}, 1.0), every=None, nuclear=0.0, epochs=8, batch_size=12, learning_rate=0.05, keep_norm=keep_norm)
+    statistics = [key for key in cnn.module.state_dict() if "running_" in key]
+    assert all(torch.equal(tuned.module.state_dict()[key], cnn.module.state_dict()[key]) == keep_norm for key in statistics)
+    assert needs_its_norm(tuned, colors) == keep_norm
+    small = trained_rank_pruning(tuned, colors, colors, energy=0.9, epochs=1, batch_size=12)
+    assert ("accuracy cut, batch norm re-estimated" in small.reports["rank pruning"].figures) != keep_norm
 
 
 @pytest.mark.parametrize(

@@ -146,7 +146,6 @@ def distil(
         originals: dict[str, Any] = {layer.path: layer_of(teacher.module, layer.path).weight for layer in layers}
         teacher_weights = {path: weight.detach() for path, weight in originals.items()}
         history = fit(student.module, batches, step, epochs=epochs, learning_rate=learning_rate, **options)
-    student.module.to(memory_format=torch.contiguous_format)  # type: ignore[call-overload]
     student.module.eval()
     return history.logs
 
@@ -232,7 +231,6 @@ def pela(
         options: dict[str, Any] = {"epsilon": epsilon, "hinge": hinge, "seed": seed, "batch_size": batch_size, "learning_rate": learning_rate}
         logs = distil(student, network, data, layers, epochs=epochs, features=features, outputs=outputs, perturbation=perturbation, **options)
         figures["feature error after training"] = feature_error(student, network, judged, names, batch_size=batch_size)
-    student.module.to(memory_format=torch.contiguous_format)  # type: ignore[call-overload]  # as it will be loaded
     timed, warned = ranks.compared(network, student)
     whole = sum(layer.cost(None, "parameters") for layer in layers)
     parts = sum(layer.cost(chosen[layer.path], "parameters") for layer in layers)

@@ -25,6 +25,7 @@ from wellread.structure import layer_of
 from wellread.train import History, fit
 
 NORM_ROWS = 1024  # enough for means and variances over images and places
+NORM_HARM = 0.1  # nats by which re-estimated batch norm may raise the loss; above it, the weights were trained for what they have
 
 Choose = Callable[[Mapping[str, Tensor]], tuple[dict[str, int], float]]
 """Singular values of each layer, float64 [k], to the rank of each layer that is to be cut, and the energy at which they were chosen."""
@@ -83,15 +84,22 @@ def train_low_rank(
     epochs: int,
     learning_rate: float = 0.01,
     batch_size: int = 128,
+    keep_norm: bool = False,
     seed: int = 0,
     name: str = "training into low rank",
 ) -> History:
     """SGD on cross-entropy, in place; before every `every`-th step, the first included, the layers are projected, and that step also descends
     nuclear * ||W||_* of each of them. Between projections the weights are free. With `every` None this is plain training, to the bit.
+
+    keep_norm: batch norms use, and keep, the means and variances that they came with.
     """
+    learning_norms = [] if keep_norm else norm_layers(network.module)
 
     def step(counted: nn.Module, batch: dict[str, Any]) -> tuple[Tensor, dict[str, float | Tensor]]:
         term: Any = 0.0
+        if keep_norm:
+            for layer in norm_layers(network.module):
+                layer.eval()
         if every is not None and layers:
             assert isinstance(counted, Counted)
             number = int(counted.steps)
@@ -106,7 +114,7 @@ def train_low_rank(
     module = network.module
     if any(isinstance(layer, nn.Conv2d) for layer in module.modules()):
         module.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
-    batches = network_batches(network, train, batch_size=batch_size, shuffle=True, seed=seed, drop_last=bool(norm_layers(module)))
+    batches = network_batches(network, train, batch_size=batch_size, shuffle=True, seed=seed, drop_last=bool(learning_norms))
     options: dict[str, Any] = {"optimizer": "sgd", "momentum": 0.9, "weight_decay": 1e-4}
     first, energy = choose({path: spectrum.values for path, spectrum in spectra(module, layers).items()}) if layers else ({}, 1.0)
     counted = Counted(module, [energy, *map(float, first.values())])
@@ -114,6 +122,15 @@ def train_low_rank(
     module.to(memory_format=torch.contiguous_format)  # type: ignore[call-overload]
     module.eval()
     return history
+
+
+def needs_its_norm(network: Network, data: Labelled) -> bool:
+    """Whether batch norm estimated anew on `data` would raise the loss there by more than `NORM_HARM` nats: its weights were tuned for what it has."""
+    if not norm_layers(network.module) or len(data) < 2:
+        return False
+    other = network.copy()
+    reestimate_norm(other, data)
+    return score(network, data, "log_loss") - score(other, data, "log_loss") > NORM_HARM  # scores are negated losses
 
 
 @method
@@ -135,7 +152,7 @@ def trained_rank_pruning(
     tune: int = 0,
     learning_rate: float = 0.01,
     batch_size: int = 128,
-    refresh_norm: bool = True,
+    keep_norm: bool | None = None,
     seed: int = 0,
 ) -> Network:
     """A smaller, faster network: trained for a while so that its layers can be cut to low rank and it just works.
@@ -154,9 +171,10 @@ def trained_rank_pruning(
     every: steps between two projections; None trains without them, so that the cut comes unprepared.
     nuclear: weight of the nuclear norm in the steps that follow a projection; 0 leaves it out.
     epochs: of training before the cut; 0 cuts at once.
-    tune: epochs of training after the cut, of the two layers of each; BN statistics are then learned along.
+    tune: epochs of training after the cut, of the two layers of each.
     learning_rate, batch_size: of SGD with momentum 0.9, weight decay 1e-4 and a cosine schedule.
-    refresh_norm: re-estimate batch norm on examples of `train` after the cut, whose weights are not those it was estimated with.
+    keep_norm: batch norms keep the means and variances that they came with; no: they learn along and are estimated anew on `train` after the
+        cut. None: kept where new ones would raise the loss on `train` by more than 0.1, as in a network that was tuned with kept ones.
     seed: of the order of the examples.
 
     The report "rank pruning" has the rank and the cost of each layer, the layers that were left out and why, parameters, multiply-adds and
@@ -201,20 +219,22 @@ def trained_rank_pruning(
 
     note("before training", network)
     trained = network.copy()
-    options: dict[str, Any] = {"learning_rate": learning_rate, "batch_size": batch_size, "seed": seed}
+    norm_rows = subset(train, np.random.default_rng(seed).permutation(len(train))[:NORM_ROWS])
+    if keep_norm is None:
+        keep_norm = needs_its_norm(network, norm_rows)
+    options: dict[str, Any] = {"learning_rate": learning_rate, "batch_size": batch_size, "keep_norm": keep_norm, "seed": seed}
     if epochs:
         train_low_rank(trained, train, found, choose, every=every, nuclear=nuclear, epochs=epochs, **options)
         note("trained, whole", trained)
     chosen, reached, _ = project(trained.module, found, choose)
     small = ranks.cut(trained, found, chosen)
     note("cut", small)
-    if refresh_norm and chosen and norm_layers(small.module) and len(train) > 1:
-        reestimate_norm(small, subset(train, np.random.default_rng(seed).permutation(len(train))[:NORM_ROWS]))
+    if not keep_norm and chosen and norm_layers(small.module) and len(train) > 1:
+        reestimate_norm(small, norm_rows)
         note("cut, batch norm re-estimated", small)
     if tune:
         train_low_rank(small, train, [], choose, every=None, nuclear=0.0, epochs=tune, name="training after the cut", **options)
         note("cut, trained on", small)
-    small.module.to(memory_format=torch.contiguous_format)  # type: ignore[call-overload]  # as it will be loaded
 
     timed, warned = ranks.compared(network, small)
     if not chosen:
