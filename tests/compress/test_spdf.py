@@ -25,6 +25,15 @@ UNSEEN = Dataset.from_dict({"prompt": ["sun>", "moon>"], "text": ["far and red",
 SMALL: dict[str, Any] = {"context": 32, "batch_size": 8}
 
 
+def example(folder: Path) -> dict[str, Any]:
+    """Arguments that can be typed, for the conformance test: a language model and texts."""
+    files = {}
+    for name, table in {"pretraining": TEXT, "finetuning": TASK}.items():
+        table.to_csv(str(folder / f"{name}.csv"))
+        files[name] = f"csv:{folder / name}.csv"
+    return {"network": str(sp.language_model(16, 2, context=32).save(folder / "network", force=True)), **files, **SMALL}
+
+
 @pytest.fixture(scope="module")
 def gpt() -> Network:
     return sp.language_model(16, 2, context=32)
@@ -99,6 +108,8 @@ def test_masks_are_saved_between_the_phases(gpt: Network, tmp_path: Path) -> Non
         ({"layers": ["nothing"]}, "no linear layer is called"),
         ({"context": 64}, "reads 2 to 32 tokens"),
         ({"pretrain_epochs": -1}, "at least 0"),
+        ({"finetune_learning_rate": 0.0}, "must be above 0"),
+        ({"seed": -1}, "give at least 0"),
     ],
 )
 def test_bad_input(gpt: Network, settings: dict[str, Any], sentence: str) -> None:

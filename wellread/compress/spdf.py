@@ -30,7 +30,7 @@ def gpt_flops(sparsity: float, *, layers: int, width: int, context: int, vocabul
 
 
 def zero_counts(module: nn.Module) -> dict[str, int]:
-    """Zeros in each mask."""
+    """Zeros in each mask, by layer."""
     return {path: mask.keep.numel() - int(mask.keep.sum()) for path, mask in masks(module).items()}
 
 
@@ -42,17 +42,19 @@ def train(network: Network, batches: Batches, *, epochs: int, learning_rate: flo
     return history
 
 
-def phase(name: str, network: Network, batches: Batches, epochs: int, history: History | None, context: int, full: float) -> dict[str, Any]:
-    """One row of the ledger. full: training operations per token of the network without masks."""
-    tokens = next(batches.epoch(0))["input_ids"].shape[1] * batches.rows * epochs
-    per_token = sp.training_flops(network, context)
+def phase(name: str, network: Network, batches: Batches, epochs: int, history: History | None) -> dict[str, Any]:
+    """One row of the ledger: tokens, and operations with zeros for nothing and as if the network had no masks."""
+    length = next(batches.epoch(0))["input_ids"].shape[1]
+    tokens = length * batches.rows * epochs
+    per_token = sp.training_flops(network, length)
+    instead = per_token + 3 * 2 * sum(zero_counts(network.module).values())
     return {
         "phase": name,
         "live linear weights": sp.active(network),
         "tokens": tokens,
         "training FLOPs": per_token * tokens,
-        "dense training FLOPs": full * tokens,
-        "fewer by": full / per_token,
+        "dense training FLOPs": instead * tokens,
+        "fewer by": instead / per_token,
         "seconds": history.seconds if history else 0.0,
     }
 
@@ -103,11 +105,13 @@ def spdf(
     for right, sentence in (
         (2 <= context <= source.max_length, f"context is {context}: this network reads 2 to {source.max_length} tokens"),
         (min(pretrain_epochs, finetune_epochs) >= 0, "pretrain_epochs and finetune_epochs must be at least 0"),
+        (min(learning_rate, finetune_learning_rate) > 0, "learning_rate and finetune_learning_rate must be above 0"),
+        (seed >= 0, f"seed is {seed}: give at least 0"),
     ):
         if not right:
             raise BadInput(sentence)
     thin = sp.sparse(network, sparsity, criterion=mask, layers=layers, rescale=rescale, seed=seed)
-    full = sp.training_flops(network, context)
+    sp.training_flops(thin, context)  # refuses what it cannot count, before anything is trained
     form: dict[str, Any] = {"length": context, "batch_size": batch_size, "seed": seed}
     stream = sp.stream_batches(thin, pretraining, **form)
     examples = sp.example_batches(thin, finetuning, **form)
@@ -121,21 +125,21 @@ def spdf(
         if judged is not None:
             figures[f"nats per token {when}"] = sp.language_loss(of, judged)
 
-    before = None
-    if pretrain_epochs:
-        rate = {"epochs": pretrain_epochs, "learning_rate": learning_rate, "weight_decay": weight_decay, "seed": seed}
-        before = train(thin, stream, name="sparse pre-training", **rate)  # type: ignore[arg-type]
-        losses["pre-training"] = before.loss
-    ledger = [phase("sparse pre-training", thin, stream, pretrain_epochs, before, context, full)]
+    def trained(name: str, of: Network, batches: Batches, epochs: int, rate: float) -> dict[str, Any]:
+        history = None
+        if epochs:
+            history = train(of, batches, epochs=epochs, learning_rate=rate, seed=seed, name=name, weight_decay=weight_decay)
+            losses[name] = history.loss
+        return phase(name, of, batches, epochs, history)
+
+    ledger = [trained("sparse pre-training", thin, stream, pretrain_epochs, learning_rate)]
     measure("before fine-tuning", thin)
     made = sp.dense(thin)
-    after = None
-    if finetune_epochs:
-        rate = {"epochs": finetune_epochs, "learning_rate": finetune_learning_rate, "weight_decay": weight_decay, "seed": seed}
-        after = train(made, examples, name="dense fine-tuning", **rate)  # type: ignore[arg-type]
-        losses["fine-tuning"] = after.loss
-    ledger.append(phase("dense fine-tuning", made, examples, finetune_epochs, after, context, full))
+    ledger.append(trained("dense fine-tuning", made, examples, finetune_epochs, finetune_learning_rate))
     measure("after fine-tuning", made)
+    made.measured = []
+    if held_out is not None:
+        made.measured = [{"data": name_of(held_out), "rows": len(held_out), "metrics": {"nats_per_token": figures["nats per token after fine-tuning"]}}]
     spent, instead = (sum(row[column] for row in ledger) for column in ("training FLOPs", "dense training FLOPs"))
     made.reports["spdf"] = Report(
         f"pre-trained with {sparsity:.0%} of the weights at zero, then dense",
@@ -148,7 +152,7 @@ def spdf(
         },
         tables={"ledger": ledger, "masks": [{"layer": path, "zeros": count} for path, count in counted.items()]},
         text=SLOW + (f" The loss is that of {name_of(held_out)}, in nats per token of the text." if held_out is not None else ""),
-        pictures={name: line_chart({name: values}, x="step", y="nats per token", smooth=9) for name, values in losses.items() if values},
+        pictures={name: line_chart({name: values}, x="step", y="nats per token", smooth=9) for name, values in losses.items()},
         warnings=[f"{len(starved)} layers had fewer live weights than outputs (first: {starved[0]}): take less sparsity"] if starved else [],
     )
     return made
