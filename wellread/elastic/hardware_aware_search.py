@@ -4,7 +4,7 @@
 Measuring a sub-network (its accuracy, its milliseconds on this machine) is slow; predicting both from the choices that make it is not. So: measure
 a few at random, fit a predictor for each objective, let an evolutionary search run on the predictions alone, measure what it found, and again.
 
-`search` does this for any space of named choices and any measurement; `hardware_aware_search` for the sizes of a network from sortednet or stitchable.
+`search` does this for any space of named choices and any measurement; `hardware_aware_search` for the networks of sortednet, stitchable and starbucks.
 Measurements are the trials of an Optuna study: in a database, several processes work on one search and nothing measured is lost.
 """
 
@@ -15,18 +15,22 @@ import itertools
 import json
 import math
 import time
+import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import numpy as np
 from datasets import Dataset
 
-from wellread.data import Labelled, Unlabelled, fingerprint
+from wellread.data import Needs, Unlabelled, check, fingerprint
 from wellread.elastic.sortednet import parse, sub_network
+from wellread.elastic.starbucks import spearman
+from wellread.elastic.starbucks import sub_network as encoder_of_size
 from wellread.elastic.stitchable import Stitchable, cut
 from wellread.errors import BadInput, optional
 from wellread.evaluate import METRICS, score
+from wellread.inputs import input_config
 from wellread.meter import milliseconds
 from wellread.method import known_classes, method
 from wellread.network import Network
@@ -34,13 +38,16 @@ from wellread.norm import norm_layers
 from wellread.results import Front, Report
 from wellread.runtime import track, using
 
+LABELLED = Needs("labelled examples", ("input", "label"))
+SCORED = Needs("pairs of sentences and how alike they are", ("sentence1", "sentence2", "score"))
+Examples = Annotated[Dataset, Needs("labelled examples, or scored pairs of sentences for an encoder from starbucks", ())]
+
 ALL = 4096  # spaces up to this size are predicted whole, larger ones are searched by NSGA-II
 FAILURES = 5  # in a row end a search
 GENERATIONS, CROWD = 100, 50  # of the search on the predictors: 5,000 predictions, as few as the authors make
 
 Code = tuple[int, ...]
 Configuration = dict[str, Any]
-Sampler = Literal["linas", "nsga2", "random"]
 
 
 # --- the space
@@ -49,7 +56,8 @@ Sampler = Literal["linas", "nsga2", "random"]
 class Space:
     """Named choices. A configuration {name: value} is coded as the places of its values, a tuple of whole numbers.
 
-    variables: name to its values, in their order. listed: the configurations that exist; None: every combination.
+    variables: name to its values, in their order. listed: the configurations that exist; None: every combination. Where two combinations make the
+    same network, list one of them. codes: all of them, int [size, variables], or None when they are more than `ALL` combinations.
     Raises `BadInput` for a variable without values, values given twice, or a listed configuration of other names or values.
     """
 
@@ -62,6 +70,8 @@ class Space:
         if self.listed == []:
             raise BadInput("no configuration is listed: give at least one, or None for every combination")
         self.size = math.prod(self.counts) if self.listed is None else len(self.listed)
+        few = self.listed is not None or self.size <= ALL
+        self.codes = np.asarray(self.listed or list(itertools.product(*map(range, self.counts)))) if few else None
 
     def encode(self, configuration: Configuration) -> Code:
         if configuration.keys() != self.variables.keys():
@@ -74,20 +84,10 @@ class Space:
     def decode(self, code: Sequence[int]) -> Configuration:
         return {name: values[int(place)] for (name, values), place in zip(self.variables.items(), code, strict=True)}
 
-    def every(self) -> np.ndarray:
-        """int [size, variables]: all codes."""
-        return np.asarray(self.listed if self.listed is not None else list(itertools.product(*map(range, self.counts))))
-
-    def nearest(self, code: Code) -> Code:
-        """The listed code that takes fewest steps; the code itself where every combination exists."""
-        if self.listed is None or code in self.listed:
-            return code
-        return min(self.listed, key=lambda each: sum(abs(a - b) for a, b in zip(each, code, strict=True)))
-
     def draw(self, random: np.random.Generator, taken: set[Code]) -> Code | None:
         """A code that is not taken, each as likely as another; None when all are."""
-        if self.listed is not None or self.size <= ALL:
-            free = [tuple(map(int, each)) for each in self.every() if tuple(map(int, each)) not in taken]
+        if self.codes is not None:
+            free = [code for code in map(tuple, self.codes.tolist()) if code not in taken]
             return free[random.integers(len(free))] if free else None
         while (code := tuple(int(random.integers(count)) for count in self.counts)) in taken:
             pass
@@ -150,48 +150,27 @@ def evolve(
             out["F"] = predict(x.astype(int))
 
     problem = Predicted(n_var=len(space.counts), n_obj=2, xl=np.zeros(len(space.counts)), xu=np.asarray(space.counts) - 1.0, vtype=int)
-    operators = {
-        "crossover": SBX(prob=0.9, eta=15, repair=RoundingRepair()),
-        "mutation": PM(prob=1.0, prob_var=0.02, eta=20, repair=RoundingRepair()),
-    }
+    operators = {"crossover": SBX(prob=0.9, eta=15, repair=RoundingRepair()), "mutation": PM(prob=0.02, eta=20, repair=RoundingRepair())}
     algorithm = NSGA2(pop_size=population, sampling=IntegerRandomSampling(), eliminate_duplicates=True, **operators)
     return minimize(problem, algorithm, ("n_gen", generations), seed=seed).pop.get("X").astype(int)
 
 
-class Linas:
-    """What to measure next. known: cost of every code, where it needs no measurement and so no predictor."""
+def propose(space: Space, codes: Sequence[Code], values: np.ndarray, known: Mapping[Code, float] | None, seed: int) -> dict[Code, tuple[float, float]]:
+    """Codes in the order in which they should be measured, each with the cost and the quality that are predicted of it.
 
-    def __init__(self, space: Space, population: int, known: Mapping[Code, float] | None, seed: int) -> None:
-        self.space, self.population, self.known, self.seed = space, population, known, seed
-        self.round, self.queue = 0, list[Code]()
-        self.predicted: dict[Code, tuple[float, float]] = {}
+    codes, values [N, 2]: measured; cost should be low and quality high. known: cost of every code, where it takes no measurement and so no predictor.
+    """
+    features = one_hot(np.asarray(codes), space.counts)
+    models: list[Any] = [None if known and i == 0 else predictor(features, values[:, i], seed) for i in range(2)]
 
-    def rank(self, codes: Sequence[Code], values: np.ndarray, seed: int) -> None:
-        """Fill the queue from all that was measured: values [N, 2], cost to be low and quality to be high."""
-        features = one_hot(np.asarray(codes), self.space.counts)
-        models = [predictor(features, values[:, i], seed) for i in range(2)]
+    def predict(asked: np.ndarray) -> np.ndarray:
+        hot = one_hot(asked, space.counts)
+        cost: Any = [known[code] for code in map(tuple, asked.tolist())] if known else models[0].predict(hot)
+        return np.stack([cost, -models[1].predict(hot)], axis=1)
 
-        def predict(asked: np.ndarray) -> np.ndarray:
-            asked_features = one_hot(asked, self.space.counts)
-            cost = [self.known[tuple(map(int, code))] for code in asked] if self.known else models[0].predict(asked_features)
-            return np.stack([cost, -models[1].predict(asked_features)], axis=1)
-
-        whole = self.space.listed is not None or self.space.size <= ALL
-        pool = self.space.every() if whole else evolve(self.space, predict, seed)
-        found = predict(pool)
-        self.queue = [tuple(map(int, pool[i])) for i in by_rank(found)]
-        self.predicted = {tuple(map(int, code)): (float(cost), -float(low)) for code, (cost, low) in zip(pool, found, strict=True)}
-
-    def next(self, codes: Sequence[Code], values: np.ndarray, taken: set[Code]) -> Code | None:
-        """codes, values: measured, in their order. taken: also those that are being measured, or failed."""
-        now = len(codes) // self.population
-        if now and now != self.round:
-            self.rank(codes[: now * self.population], values[: now * self.population], self.seed + now)
-            self.round = now
-        if not now:
-            self.predicted, self.queue = {}, []
-        found = next((code for code in self.queue if code not in taken), None)
-        return self.space.draw(np.random.default_rng((self.seed, len(taken))), taken) if found is None else found
+    pool = evolve(space, predict, seed) if space.codes is None else space.codes
+    found = predict(pool)
+    return {tuple(pool[i].tolist()): (float(found[i, 0]), -float(found[i, 1])) for i in by_rank(found)}
 
 
 # --- measured, as an Optuna study
@@ -205,7 +184,6 @@ def search(
     quality: str,
     evaluations: int = 60,
     population: int = 15,
-    sampler: Sampler = "linas",
     known: Mapping[Code, float] | None = None,
     storage: str | None = None,
     name: str = "search",
@@ -215,56 +193,38 @@ def search(
 
     measure: configuration to a row with at least the numbers `cost` (low is good) and `quality` (high is good). It may fail: that is noted, and counts.
     evaluations: different configurations that are measured, all processes together; those found in the storage count.
-    population: configurations measured between two fits of the predictors. known: cost of every code, when it takes no measurement.
+    population: configurations measured between two fits of the predictors; with as many as evaluations, the search is a random one.
+    known: cost of every code, when it takes no measurement.
     storage, name: URL of a database and the name of the study in it; see `hardware_aware_search`.
     Raises `BadInput` for a study of another space, a row without the two numbers, and after five failures in a row.
     """
     optuna = optional("optuna", "search")
     if evaluations < 1 or population < 2:
         raise BadInput(f"evaluations is {evaluations} and population {population}: give at least 1 and 2")
-    said = json.dumps([space.variables, space.listed, cost, quality], default=str)
-    linas = Linas(space, population if sampler == "linas" else space.size + 1, known, seed)
     State = optuna.trial.TrialState
+    budget = min(evaluations, space.size)
+    failed_in_a_row = 0
 
-    def states(study: Any, before: float = math.inf) -> tuple[list[Any], set[Code], dict[Code, Any]]:
-        """(trials that measured something, codes that are measured, failed or under way, the trial of each code)."""
+    def states(study: Any, before: float = math.inf) -> tuple[list[Any], dict[Code, Any]]:
+        """(trials that measured something, the trial of each code that is measured, failed or under way)."""
         of: dict[Code, Any] = {}
         for trial in study.get_trials(deepcopy=False):
-            lost = trial.state == State.PRUNED or (trial.state == State.FAIL and "error" not in trial.user_attrs)
+            lost = trial.state == State.PRUNED or (trial.state == State.FAIL and "error" not in trial.user_attrs)  # free to be measured again
             if trial.number < before and not lost and trial.params.keys() == space.variables.keys():
-                of.setdefault(space.nearest(space.encode(trial.params)), trial)
-        return [trial for trial in of.values() if trial.state == State.COMPLETE], set(of), of
-
-    class Proposed(optuna.samplers.BaseSampler):  # type: ignore[misc,name-defined]
-        def infer_relative_search_space(self, study: Any, trial: Any) -> dict[str, Any]:
-            return {name: optuna.distributions.CategoricalDistribution(values) for name, values in space.variables.items()}
-
-        def sample_relative(self, study: Any, trial: Any, search_space: dict[str, Any]) -> dict[str, Any]:
-            done, taken, _ = states(study)
-            codes = [space.encode(each.params) for each in done]
-            code = linas.next(codes, np.asarray([each.values for each in done]).reshape(-1, 2), taken)
-            return space.decode(code or next(iter(taken)))
-
-        def sample_independent(self, study: Any, trial: Any, param_name: str, param_distribution: Any) -> Any:
-            raise AssertionError("all variables are proposed together")
-
-    failed_in_a_row = 0
+                of.setdefault(space.encode(trial.params), trial)
+        return [trial for trial in of.values() if trial.state == State.COMPLETE], of
 
     def objective(trial: Any) -> tuple[float, float]:
         nonlocal failed_in_a_row
-        asked = {name: trial.suggest_categorical(name, values) for name, values in space.variables.items()}
-        code = space.nearest(space.encode(asked))
+        configuration = {name: trial.suggest_categorical(name, values) for name, values in space.variables.items()}
         for _ in range(100):  # another process may be about to say what it measures; one that died there is not waited for long
             earlier = (other for other in study.get_trials(deepcopy=False) if other.number < trial.number and other.state == State.RUNNING)
             if all(other.params.keys() == space.variables.keys() for other in earlier):
                 break
             time.sleep(0.05)
-        _, taken, of = states(study, before=trial.number)
-        if code in of and of[code].state == State.COMPLETE:  # NSGA-II asks again: told, not measured, not counted
-            return tuple(of[code].values)  # type: ignore[return-value]
-        if code in taken or len(taken) >= evaluations:
+        code, of = space.encode(configuration), states(study, before=trial.number)[1]
+        if code in of or len(of) >= budget:
             raise optuna.TrialPruned("another process has it, or measured the last one")
-        configuration = space.decode(code)
         try:
             row = measure(configuration)
             if wrong := [key for key in (cost, quality) if key not in row]:
@@ -281,29 +241,36 @@ def search(
                 raise BadInput(f"{FAILURES} measurements in a row failed, the last one with {type(error).__name__}: {error}") from error
             return math.nan, math.nan
         failed_in_a_row = 0
-        guess = linas.predicted.get(code, (None, None))
-        predictions = {f"predicted {key}": value for key, value in zip((cost, quality), guess, strict=True) if key != cost or not known}
-        trial.set_user_attr("row", {**configuration, **row, **predictions})
+        guess = zip((cost, quality), proposed.get(code, (None, None)), strict=True)
+        trial.set_user_attr("row", {**configuration, **row, **{f"predicted {key}": value for key, value in guess if key != cost or not known}})
         return values
 
     with _quiet(optuna):
         database = optuna.storages.RDBStorage(storage, heartbeat_interval=30) if storage else optuna.storages.InMemoryStorage()
-        rule = optuna.samplers.NSGAIISampler(population_size=population, seed=seed) if sampler == "nsga2" else Proposed()
-        directions = ["minimize", "maximize"]
-        study = optuna.create_study(storage=database, study_name=name, directions=directions, sampler=rule, load_if_exists=True)
+        study = optuna.create_study(storage=database, study_name=name, directions=["minimize", "maximize"], load_if_exists=True)
+        said = json.dumps([space.variables, space.listed, cost, quality], default=str)
         if study.user_attrs.get("space", said) != said:
             raise BadInput(f"the study {name!r} in {storage} is of another space or other objectives: give another name, or another storage")
         study.set_user_attr("space", said)
-        budget = min(evaluations, space.size)
+        optuna.storages.fail_stale_trials(study)  # of processes that were killed
+        proposed: dict[Code, tuple[float, float]] = {}
+        rounds = 0
 
         def left() -> Iterator[None]:
-            for _ in range(50 * evaluations):  # NSGA-II may turn in circles
-                if len(states(study)[1]) >= budget:
-                    return
+            while len(states(study)[1]) < budget:
                 yield
 
         for _ in track(left(), "measuring sub-networks", total=budget):
-            study.optimize(objective, n_trials=1)
+            done, of = states(study)
+            if len(done) // population != rounds:
+                rounds = len(done) // population
+                fitted = done[: rounds * population]  # no more, so that a search that was interrupted goes on as if it had not been
+                values = np.asarray([each.values for each in fitted])
+                proposed = propose(space, [space.encode(each.params) for each in fitted], values, known, seed + rounds)
+            code = next((code for code in proposed if code not in of), None) or space.draw(np.random.default_rng((seed, len(of))), set(of))
+            if code is not None:  # None: another process took the last one
+                study.sampler = optuna.samplers.PartialFixedSampler(space.decode(code), optuna.samplers.RandomSampler())
+                study.optimize(objective, n_trials=1)
         rows = [trial.user_attrs["row"] for trial in states(study)[0]]
     if not rows:
         raise BadInput("no measurement succeeded: look at the errors in the study, or measure one configuration by hand")
@@ -312,8 +279,6 @@ def search(
 
 @contextmanager
 def _quiet(optuna: Any) -> Iterator[None]:
-    import warnings
-
     before = optuna.logging.get_verbosity()
     optuna.logging.set_verbosity(optuna.logging.ERROR)
     try:
@@ -339,25 +304,24 @@ def hypervolume(costs: Sequence[float], qualities: Sequence[float], reference: t
 
 
 def sizes_of(network: Network) -> tuple[Space, dict[Code, dict[str, Any]]]:
-    """All sizes that a network from sortednet or stitchable lists, as a space, and what its report says of each.
+    """All sizes that a network from sortednet, stitchable or starbucks lists, as a space, and what its report says of each.
 
     Raises `BadInput` for a network without such a report.
     """
-    listed: list[Configuration]
-    if isinstance(network.module, Stitchable):
-        report, known = network.reports.get("stitchable"), network.module.configurations
-        rows = report.tables["sizes"] if isinstance(report, Report) else []
-        listed = [{key: known[row["number"]].get(key, "none") for key in ("front", "until", "back", "since")} for row in rows]
-    else:
-        report = network.reports.get("sortednet")
-        rows = report.tables["sizes"] if isinstance(report, Report) else []
-        paths = [each["blocks"] for each in report.tables["blocks"]] if isinstance(report, Report) else []
-        listed = []
-        for row in rows:
+    module: Any = network.module
+    maker = "stitchable" if isinstance(module, Stitchable) else next((each for each in ("sortednet", "starbucks") if each in network.reports), "")
+    report = network.reports.get(maker)
+    if not isinstance(report, Report):
+        raise BadInput("this network lists no sizes: give one that sortednet, stitchable or starbucks returned, before other changes")
+    rows, listed = report.tables["sizes"], list[Configuration]()
+    for row in rows:
+        if maker == "stitchable":
+            listed.append({key: module.configurations[row["number"]].get(key, "none") for key in ("front", "until", "back", "since")})
+        elif maker == "sortednet":
             depth, share = parse(row["size"])
-            listed.append({**dict(zip(paths, depth, strict=True)), "width": share})
-    if not rows:
-        raise BadInput("this network lists no sizes: give one that sortednet or stitchable returned, before other changes")
+            listed.append({**dict(zip([each["blocks"] for each in report.tables["blocks"]], depth, strict=True)), "width": share})
+        else:
+            listed.append({key: row[key] for key in ("layers", "dimensions")})
     space = Space({name: sorted({each[name] for each in listed}, key=lambda v: (isinstance(v, str), v)) for name in listed[0]}, listed)
     return space, {space.encode(each): row for each, row in zip(listed, rows, strict=True)}
 
@@ -368,21 +332,20 @@ def chosen(network: Network, point: dict[str, Any], examples: Dataset | None = N
         raise BadInput("this is no point of a front from hardware_aware_search: it does not say its size")
     if isinstance(network.module, Stitchable):
         return cut(network, int(point["number"]))
-    return sub_network(network, point["size"], examples)
+    return encoder_of_size(network, point["size"]) if "starbucks" in network.reports else sub_network(network, point["size"], examples)
 
 
 @method
 def hardware_aware_search(
     network: Network,
-    validation: Labelled,
+    validation: Examples,
     examples: Unlabelled | None = None,
-    test: Labelled | None = None,
+    test: Examples | None = None,
     *,
     cost: Literal["milliseconds", "macs", "parameters"] = "milliseconds",
-    metric: str = "accuracy",
+    metric: str | None = None,
     evaluations: int = 60,
     population: int = 15,
-    sampler: Literal["linas", "nsga2", "random"] = "linas",
     batch_size: int = 1,
     threads: int | None = None,
     storage: str | None = None,
@@ -390,15 +353,15 @@ def hardware_aware_search(
 ) -> Front:
     """From one network with many sizes, those that are best for what they cost on this machine, measuring as few as possible.
 
-    network: a classifier from sortednet or stitchable; the sizes that its report lists are searched.
-    validation: labelled examples on which sizes are compared; the found ones look a little better on them than they are.
+    network: from sortednet, stitchable (a classifier) or starbucks; the sizes that its report lists are searched.
+    validation: labelled examples (scored pairs of sentences for starbucks) on which sizes are compared; the found ones look a little better on them
+        than they are.
     examples: pictures or texts as it was trained on, from which batch norm is estimated; needed where sortednet kept no statistics (sizes "all").
-    test: other labelled examples, on which only the efficient sizes are measured in the end.
+    test: other examples of that kind, on which only the efficient sizes are measured in the end.
     cost: milliseconds are measured here; macs and parameters are known of every size, so only the quality is predicted.
-    metric: what should be high: accuracy, balanced_accuracy, macro_f1, auroc or log_loss (negated).
+    metric: what should be high: accuracy (by default), balanced_accuracy, macro_f1, auroc or log_loss (negated); spearman for starbucks.
     evaluations: sizes that are measured, at most.
-    population: sizes measured before the predictors are fitted anew.
-    sampler: linas; to compare, nsga2 (evolution on measurements) or random.
+    population: sizes measured before the predictors are fitted anew; with as many as evaluations, the search is a random one, to compare.
     batch_size, threads: of the timed batches; threads of the processor, all by default.
     storage: URL of a database, such as sqlite:///search.db or postgresql://...: a search cut short goes on, and several processes share one. For
         milliseconds, only machines of one kind should.
@@ -409,12 +372,17 @@ def hardware_aware_search(
     Raises BadInput for a network without a list of sizes, other classes, and when measurements fail again and again.
     Source: Sarah et al. 2022, arXiv 2202.12954; settings of the authors' DyNAS-T where not said otherwise.
     """
-    if metric not in METRICS:
-        raise BadInput(f"the metric {metric!r} is not known: choose {', '.join(METRICS)}")
+    space, listed = sizes_of(network)
+    encoder = "starbucks" in network.reports
+    measures = ("spearman",) if encoder else METRICS
+    metric = metric or measures[0]
+    if metric not in measures:
+        raise BadInput(f"the metric {metric!r} is not known for this network: choose {', '.join(measures)}")
     for table, argument in ((validation, "validation"), (test, "test")):
         if table is not None:
-            known_classes(network, table, argument)
-    space, listed = sizes_of(network)
+            check(table, SCORED if encoder else LABELLED, (input_config(network.input) or {})["kind"], argument)
+            if not encoder:
+                known_classes(network, table, argument)
     if examples is None and norm_layers(network.module):
         for row in listed.values():
             if row.get("statistics") == 0:
@@ -422,22 +390,26 @@ def hardware_aware_search(
     column = {"milliseconds": f"ms, batch {batch_size}", "macs": "MACs, M", "parameters": "parameters, M"}[cost]
     known = None if cost == "milliseconds" else {code: float(row[column]) for code, row in listed.items()}
 
+    def quality(row: dict[str, Any], table: Dataset) -> float:
+        if encoder:
+            return spearman(network, table, [(row["layers"], row["dimensions"])])[row["size"]]
+        return score(chosen(network, row, examples), table, metric)
+
     def measure(configuration: Configuration) -> dict[str, Any]:
         row = listed[space.encode(configuration)]
         found: dict[str, Any] = {key: row[key] for key in ("size", "number", "parameters, M", "MACs, M") if key in row}
-        one = chosen(network, row, examples)
         with using(progress=False):
             if cost == "milliseconds":
-                found[column] = milliseconds(one, batch_size, threads=threads, repeats=25, seconds=2.0)
-            return found | {metric: score(one, validation, metric)}
+                found[column] = milliseconds(chosen(network, row, examples), batch_size, threads=threads, repeats=25, seconds=2.0)
+            return found | {metric: quality(row, validation)}
 
     inputs = [network.fingerprint, fingerprint(validation), examples is not None and fingerprint(examples), cost, metric, batch_size, threads]
     name = "wellread-" + hashlib.sha256(json.dumps(inputs).encode()).hexdigest()[:16]
-    budget: dict[str, Any] = {"evaluations": evaluations, "population": population, "sampler": sampler, "seed": seed}
+    budget: dict[str, Any] = {"evaluations": evaluations, "population": population, "seed": seed}
     rows = search(space, measure, cost=column, quality=metric, known=known, storage=storage, name=name, **budget)
     front = Front([{"evaluation": i, **row} for i, row in enumerate(rows, 1)], column, metric)
     if test is not None:
         for i in front.efficient():
             with using(progress=False):
-                front.points[i][f"{metric} on test"] = score(chosen(network, front.points[i], examples), test, metric)
+                front.points[i][f"{metric} on test"] = quality(front.points[i], test)
     return front
