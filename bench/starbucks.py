@@ -28,7 +28,7 @@ from wellread.train import fit
 
 QUICK = "--quick" in sys.argv
 SEEDS = [0] if QUICK else [0, 1, 2]
-TRAIN, SICK, STSB = (48, 60, 60) if QUICK else (1200, 700, 400)
+TRAIN, SICK, STSB = (48, 60, 60) if QUICK else (900, 500, 300)
 NAMES = ["1x32", "6x384"] if QUICK else ["1x32", "2x64", "3x128", "4x192", "6x384"]
 SETTINGS: dict[str, Any] = {"epochs": 1, "learning_rate": 5e-5, "warmup": 0.1}
 CLAIM = "a fixed list of sizes trained in every step is better than random sizes, and about as good as encoders trained for one size each"
@@ -127,6 +127,7 @@ def main() -> None:
     judge("truncated", {which: spearman(start, test, sizes) for which, test in tests.items()})
     for seed in SEEDS:
         print(f"seed {seed}", flush=True)
+        judged_on = tests if seed == SEEDS[0] else {"": tests[""]}  # STS-B is not gated
         train = subset(pairs, np.random.default_rng(seed).permutation(len(pairs))[:TRAIN])
         arms = {
             "starbucks": lambda train=train, seed=seed: tuned(start, train, NAMES, "scores", seed),
@@ -134,12 +135,14 @@ def main() -> None:
             "matryoshka": lambda train=train, seed=seed: matryoshka(start, train, [d for _, d in reversed(sizes)], seed),
         }
         for arm, make in arms.items():
+            if arm == "starbucks_without_kl" and seed != SEEDS[0]:  # not gated
+                continue
             made = make()
-            judge(arm, {which: spearman(made, test, sizes) for which, test in tests.items()})
-        found: dict[str, dict[str, float]] = {which: {} for which in tests}
+            judge(arm, {which: spearman(made, test, sizes) for which, test in judged_on.items()})
+        found: dict[str, dict[str, float]] = {which: {} for which in judged_on}
         for name in NAMES:
             made = alone(start, train, name, seed)
-            for which, test in tests.items():
+            for which, test in judged_on.items():
                 found[which][name] = correlation(made, test)
         judge("alone", found)
     if QUICK:
@@ -153,7 +156,7 @@ def main() -> None:
         sizes={"train_pairs": TRAIN, "sick_pairs": SICK, "stsb_pairs": STSB, "sizes": " ".join(NAMES), "network": "all-MiniLM-L6-v2, 22.7 M parameters"},
         seeds=SEEDS,
         notes=[
-            "Spearman correlations times 100; without a size in the name: mean of the sizes below the full one, on SICK's test pairs; stsb: STS-B's, another domain",
+            "Spearman correlations times 100; without a size in the name: mean of the sizes below the full one, on SICK's test pairs; stsb: STS-B's, another domain, one seed",
             "the encoder is a sentence encoder already, so margins are smaller than from a raw BERT as in the paper; its masked-autoencoder pre-training is not tried",
             "2D Matryoshka is sentence-transformers' loss with its default settings: one random layer and one random length beside the full ones in each step",
         ],
