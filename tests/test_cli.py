@@ -462,3 +462,84 @@ def test_the_shell_completes_settings(methods):
 def test_completion_scripts(shell, capsys):
     assert main(["--completion", shell]) == 0
     assert "_WELLREAD_COMPLETE" in capsys.readouterr().out
+
+
+# --- index, search
+
+
+def test_three_lines_to_a_result(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "notes").mkdir()
+    (tmp_path / "notes" / "bread.md").write_text("# Baking\n\n## Oven\nBake the loaf at 230 degrees.\n\n## Flour\nRye flour is darker than wheat.\n")
+    (tmp_path / "notes" / "boat.txt").write_text("The sail is hoisted before leaving the harbour.")
+    assert main(["index", "--encoder", "minilm-l6", "--corpus", "folder:notes", "--out", "idx", "--quiet"]) == 0
+    assert capsys.readouterr().out == '3 passages in idx\nnext:  wellread search idx "what you want to know"\n'
+    assert main(["search", "idx", "how", "hot", "is", "the", "oven", "-k", "2"]) == 0
+    shown = capsys.readouterr().out
+    assert shown.startswith(" 1  bread.md#1  0.03279  (dense 1, lexical 1)\n    Baking > Oven\n    Bake the loaf at 230 degrees.\n\n 2  ")
+    assert main(["search", "idx", "harbour", "--mode", "dense", "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert found[0]["id"] == "boat.txt#1" and set(found[0]) == {"id", "score", "title", "text", "ranks"} and len(found) == 3
+    assert main(["search", "idx", "zebra", "--mode", "lexical"]) == 0
+    assert "nothing found" in capsys.readouterr().out
+    (tmp_path / "notes" / "boat.txt").write_text("The anchor holds.")
+    again = ["index", "--encoder", "minilm-l6", "--corpus", "folder:notes", "--out", "idx", "--quiet"]
+    assert main(again) == 2
+    assert "--update" in capsys.readouterr().err
+    assert main([*again, "--update", "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["passages"] == 3
+    assert main(["search", "idx", "anchor", "-k", "1", "--mode", "lexical"]) == 0
+    assert "boat.txt#1" in capsys.readouterr().out
+
+
+def test_found_words_are_marked_in_a_terminal(tmp_path, monkeypatch):
+    from click.testing import CliRunner
+
+    from wellread.index import Index
+
+    Index.build("minilm-l6", ["The runner was running."], tmp_path / "idx")
+    shown = CliRunner().invoke(app, ["search", str(tmp_path / "idx"), "run", "--mode", "lexical"], color=True).output
+    assert "\x1b[33m\x1b[1mrunning\x1b[0m." in shown and "runner was" in shown
+
+
+@pytest.mark.parametrize(
+    "line, why",
+    [
+        (["search", "nowhere", "x"], "holds no index"),
+        (["index", "--encoder", "minilm-l6", "--corpus", "folder:nowhere", "--out", "idx"], "no folder 'nowhere'"),
+        (["index", "--encoder", "timm/test_vit", "--corpus", "folder:notes", "--out", "idx", "--language", "none"], "could not be opened"),
+        (["index", "--encoder", "minilm-l6", "--corpus", "folder:notes", "--out", "idx", "--language", "xx"], "language 'xx' is not known"),
+    ],
+)
+def test_index_and_search_refuse_in_one_line(tmp_path, monkeypatch, capsys, line, why):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "notes").mkdir()
+    (tmp_path / "notes" / "a.txt").write_text("words")
+    assert main(line) == 2
+    err = [each for each in capsys.readouterr().err.splitlines() if each.startswith("wellread: ")]
+    assert len(err) == 1 and why in err[0]
+    assert not (tmp_path / "idx").exists()
+
+
+# --- cut
+
+
+def test_a_size_is_cut_out_of_a_network_of_many(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    from wellread.data import as_data
+    from wellread.elastic.sortednet import sortednet, sub_network
+
+    pictures = [(Image.new("RGB", (16, 16), color), name) for name, color in {"dark": "black", "light": "white"}.items() for _ in range(4)]
+    start = wellread.load("timm/test_vit", pretrained=False, img_size=16).with_head(("dark", "light"))
+    many = sortednet(start, as_data(pictures), epochs=1, batch_size=4)
+    many.save(tmp_path / "many")
+    assert main(["cut", str(tmp_path / "many"), "--json"]) == 0
+    sizes = [row["size"] for row in json.loads(capsys.readouterr().out)]
+    assert sizes == [row["size"] for row in many.reports["sortednet"].tables["sizes"]] and len(sizes) > 1  # type: ignore[union-attr]
+    assert main(["cut", str(tmp_path / "many")]) == 0 and f"{len(sizes)} sizes" in capsys.readouterr().out
+    assert main(["cut", str(tmp_path / "many"), sizes[0], "--out", str(tmp_path / "one")]) == 0
+    assert wellread.load(str(tmp_path / "one")).fingerprint == sub_network(many, sizes[0]).fingerprint
+    capsys.readouterr()
+    for words, said in ((["9-9-9", "--out", str(tmp_path / "two")], "has no size '9-9-9'"), ([sizes[0]], "add --out FOLDER")):
+        assert main(["cut", str(tmp_path / "many"), *words]) == 2 and said in capsys.readouterr().err
+    start.save(tmp_path / "plain")
+    assert main(["cut", str(tmp_path / "plain")]) == 2 and "lists no sizes" in capsys.readouterr().err

@@ -1,4 +1,4 @@
-"""The command line: wellread list | show | run | eval | measured | demo.
+"""The command line: wellread list | show | run | eval | index | search | measured | demo.
 
 Built with click alone, since the commands under `run` are made from the methods' signatures when they are asked for. Nothing that imports
 torch is imported before a command needs it, and output is plain text, so that `list` is there at once and pipes well.
@@ -487,6 +487,113 @@ def evaluate(network: str, data: str, device: str, quiet: bool, as_json: bool) -
         _json(report.to_dict())
     else:
         report.show()
+
+
+# --- one network of many
+
+
+@app.command()
+@click.argument("network", type=click.Path())
+@click.argument("size", required=False)
+@click.option("--data", metavar="DATA", help="Examples to estimate batch norm on, where the network kept no statistics for the size.")
+@click.option("--out", metavar="FOLDER", type=click.Path(), help="Where the cut network is saved.")
+@click.option("--force", is_flag=True, help="Replace an existing --out.")
+@_as_json
+def cut(network: str, size: str | None, data: str | None, out: str | None, force: bool, as_json: bool) -> None:
+    """Cut SIZE out of NETWORK, which sortednet, starbucks or stitchable made; without SIZE, list its sizes."""
+    from wellread.data import as_data
+    from wellread.elastic.hardware_aware_search import chosen, sizes_of
+    from wellread.folders import writable
+    from wellread.network import load
+    from wellread.results import Report
+
+    if size is not None and out is None:
+        raise BadInput(f"where shall the network of size {size} be saved? add --out FOLDER")
+    with _plain_warnings():
+        whole = load(network)
+        rows = {str(row["size"]): row for row in sizes_of(whole)[1].values()}
+        if size is None:
+            if as_json:
+                _json(list(rows.values()))
+            else:
+                Report(f"{len(rows)} sizes", tables={"sizes": list(rows.values())}).show()
+            return
+        if size not in rows:
+            near = get_close_matches(size, rows, 5, 0.0)
+            raise BadInput(f"{network} has no size {size!r}; of its {len(rows)} sizes the nearest names are {', '.join(near)}: wellread cut {network}")
+        target = writable(str(out), force)
+        found = chosen(whole, rows[size], None if data is None else as_data(data))
+        found.save(target, force)
+    _print_result(found, str(out), as_json)
+
+
+# --- index, search
+
+
+@app.command()
+@click.option("--encoder", required=True, metavar="NETWORK", type=click.Path(), help="A network that gives embeddings of text: a name or a folder.")
+@click.option("--corpus", required=True, metavar="DATA", help="folder:PATH (text, Markdown, HTML, PDF), jsonl:FILE, csv:FILE, parquet:FILE, hf:NAME.")
+@click.option("--out", required=True, metavar="FOLDER", type=click.Path(), help="Where the index lies. An unfinished one goes on.")
+@click.option("--update", is_flag=True, help="Bring an existing index up to date: encode what is new or changed, delete what vanished.")
+@click.option("--kind", type=click.Choice(["flat", "hnsw"]), default="flat", show_default=True, help="hnsw is for more than some 100,000 passages.")
+@click.option("--score", type=click.Choice(["cosine", "dot"]), default="cosine", show_default=True, help="How vectors are compared.")
+@click.option("--lexical/--no-lexical", default=True, show_default=True, help="Also index the words.")
+@click.option("--language", default="en", show_default=True, help="Of stemming and stop words; none takes words as they are.")
+@click.option("--words", type=click.IntRange(8), default=160, show_default=True, help="Of a passage, at most, when files are cut.")
+@click.option("--batch-size", type=click.IntRange(1), default=64, show_default=True)
+@click.option("--device", default="auto", metavar="NAME", help="cpu, cuda, cuda:1, mps [default: the fastest there is]")
+@click.option("--quiet", is_flag=True, help="No progress bars.")
+@_as_json
+def index(encoder: str, corpus: str, out: str, words: int, language: str, device: str, quiet: bool, as_json: bool, **settings: Any) -> None:
+    """Make documents searchable, by meaning and by words. A killed run goes on with the same command."""
+    from wellread import documents
+    from wellread.index import Index
+    from wellread.runtime import using
+
+    with _plain_warnings(), using(device=device, progress=not quiet):
+        try:
+            made = Index.build(
+                encoder, documents.corpus(corpus, words=words), out, language=None if language.lower() == "none" else language, **settings
+            )
+        except KeyboardInterrupt:
+            raise Stopped("stopped: the same command goes on from where it was") from None
+    if as_json:
+        _json({"out": out, "passages": len(made), **made.settings})
+    else:
+        click.echo(f'{len(made)} passages in {out}\nnext:  wellread search {out} "what you want to know"')
+
+
+@app.command()
+@click.argument("folder", metavar="INDEX", type=click.Path())
+@click.argument("query", nargs=-1, required=True)
+@click.option("-k", default=10, type=click.IntRange(1), show_default=True, help="How many passages.")
+@click.option(
+    "--mode", type=click.Choice(["hybrid", "dense", "lexical"]), default="hybrid", show_default=True, help="By meaning (dense), words or both."
+)
+@click.option("--encoder", metavar="NETWORK", type=click.Path(), help="Where the encoder lies now, if it was moved.")
+@click.option("--device", default="auto", metavar="NAME", help="cpu, cuda, cuda:1, mps [default: the fastest there is]")
+@_as_json
+def search(folder: str, query: tuple[str, ...], k: int, mode: str, encoder: str | None, device: str, as_json: bool) -> None:
+    """Find the passages of INDEX that answer QUERY."""
+    from wellread.index import Index, excerpt
+    from wellread.runtime import using
+
+    text = " ".join(query)
+    with _plain_warnings(), using(device=device, progress=False):
+        opened = Index.open(folder, encoder)
+        hits = opened.search(text, k, mode)  # type: ignore[arg-type]
+    if as_json:
+        _json([hit.to_dict() for hit in hits])
+        return
+    if not hits:
+        click.echo("nothing found: none of these words is in the index")
+    for place, hit in enumerate(hits, 1):
+        how = ", ".join(f"{name} {rank}" for name, rank in hit.ranks.items())
+        click.echo(f"{place:>2}  {click.style(hit.id, bold=True)}  {hit.score:.4g}  ({how})")
+        if hit.title:
+            _row("    ", hit.title)
+        _row("    ", excerpt(hit.text, text, opened.settings["language"], lambda word: click.style(word, fg="yellow", bold=True)))
+        click.echo()
 
 
 @app.command()

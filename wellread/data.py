@@ -42,6 +42,10 @@ Labelled = Annotated[Dataset, Needs("labelled examples: an image or text column 
 Unlabelled = Annotated[Dataset, Needs("examples: an image or text column; labels are not read", ("input",))]
 Pairs = Annotated[Dataset, Needs("pairs of texts and how alike they are: columns sentence1, sentence2 and score", ("sentence1", "sentence2", "score"))]
 
+Corpus = Annotated[
+    Dataset, Needs("documents: a text column, and id and title where there are any (folder:PATH of text, Markdown, HTML, PDF; jsonl:FILE)", ("text",))
+]
+
 SYNONYMS = {
     "image": ("image", "img", "picture", "photo"),
     "text": ("text", "sentence", "content", "utterance", "title"),
@@ -65,8 +69,8 @@ def load_data(spec: str, split: str | None = None) -> Dataset | DatasetDict:
     """A table, or all its splits when it has several and none is named.
 
     "elpv", "digits" (from PyPI packages), "folder:PATH" (a folder of pictures per class; PATH/train, PATH/test when it has splits; a .png beside
-    a .jpg of the same name is its mask), "csv:PATH" (commas or tabs), "parquet:PATH", "hf:NAME" (fetched because you named it),
-    or a name in $WELLREAD_DATA.
+    a .jpg of the same name is its mask; a folder of text, Markdown, HTML or PDF files and no pictures gives their passages), "csv:PATH" (commas or
+    tabs), "parquet:PATH", "jsonl:PATH" (_id, title, text), "hf:NAME" (fetched because you named it), or a name in $WELLREAD_DATA.
     Then ":SPLIT", and "[from:to]" for some rows: "elpv:train[:200]". Columns of other names: "csv:notes.csv?text=body&label=topic".
     Raises `BadInput` for what is not there or cannot be read.
     """
@@ -110,7 +114,7 @@ def _renamed(spec: str) -> tuple[str, dict[str, str]]:
 def _open(spec: str, renamed: dict[str, str]) -> tuple[DatasetDict, str | None]:
     """All splits of `spec`, and the split that it names."""
     kind, colon, rest = spec.partition(":")
-    readers = {"folder": _folder, "csv": _csv, "parquet": _parquet, "hf": _hub}
+    readers = {"folder": _folder, "csv": _csv, "parquet": _parquet, "jsonl": _jsonl, "hf": _hub}
     if kind in readers and colon:
         path, split = rest, None
         if kind == "hf" or not Path(rest).expanduser().exists():
@@ -125,15 +129,15 @@ def _open(spec: str, renamed: dict[str, str]) -> tuple[DatasetDict, str | None]:
     if home and (Path(home) / kind).is_dir():
         return _standard(_anything(Path(home) / kind), renamed, spec), split
     if Path(kind).expanduser().exists():
-        raise BadInput(f"say how {spec!r} is to be read: folder:{spec}, csv:{spec} or parquet:{spec}")
+        raise BadInput(f"say how {spec!r} is to be read: folder:{spec}, csv:{spec}, parquet:{spec} or jsonl:{spec}")
     raise BadInput(
-        f"there are no data called {spec!r}: give elpv, digits, folder:PATH, csv:PATH, parquet:PATH, hf:NAME"
+        f"there are no data called {spec!r}: give elpv, digits, folder:PATH, csv:PATH, parquet:PATH, jsonl:PATH, hf:NAME"
         + (f", or a folder in {home}" if home else ", or set WELLREAD_DATA to the folder that holds your data sets")
     )
 
 
 def _anything(folder: Path) -> DatasetDict:
-    for ending, reader in ((".parquet", _parquet), (".csv", _csv)):
+    for ending, reader in ((".parquet", _parquet), (".csv", _csv), (".jsonl", _jsonl)):
         if any(found.suffix == ending for found in folder.iterdir()):
             return reader(str(folder))
     return _folder(str(folder))
@@ -143,6 +147,11 @@ def _folder(path: str) -> DatasetDict:
     root = Path(path).expanduser()
     if not root.is_dir():
         raise BadInput(f"there is no folder {path!r}: give the folder that holds one sub-folder of pictures per class")
+    if not any(each.suffix.lower() in PICTURES for each in root.rglob("*")):
+        from wellread import documents
+
+        if documents.documents(root)[0]:
+            return DatasetDict({"all": documents.from_folder(root)})
     inside = sorted(each for each in root.iterdir() if each.is_dir() and not each.name.startswith("."))
     names = {alias for aliases in SPLITS.values() for alias in aliases}
     splits = {each.name.lower(): each for each in inside if each.name.lower() in names}
@@ -209,6 +218,12 @@ def _parquet(path: str) -> DatasetDict:
         raise
     except Exception as failed:  # datasets wraps pyarrow's errors in several of its own
         raise BadInput(f"{path!r} cannot be read as parquet: {str(failed).strip().splitlines()[0][:160]}") from None
+
+
+def _jsonl(path: str) -> DatasetDict:
+    from wellread.documents import from_jsonl
+
+    return DatasetDict({name: from_jsonl(file) for name, file in _files(path, ".jsonl").items()})
 
 
 def _hub(name: str) -> DatasetDict:

@@ -8,7 +8,7 @@
     python -m bench.peers.hardware_aware_search --python /tmp/dynast/bin/python [--quick]
 
 DyNAS-T knows super-networks by name. Its class LINAS runs here as it is, told that the table is a network of BootstrapNAS, with the table's figures as
-its metrics; only its translation networks are left out of the import, because fairseq cannot be installed beside Python 3.11. It measures sizes
+its metrics; only its networks for text are left out of the import, because fairseq cannot be installed beside Python 3.11. It measures sizes
 again that it has measured before, and this counts as an evaluation, as it would in use.
 """
 
@@ -48,9 +48,11 @@ class Enough(Exception):
 def dynast(space: Space, table: Table, cost: str, seed: int, evaluations: int) -> list[Row]:
     from types import ModuleType
 
-    left_out = ModuleType("transformer_interface")
-    left_out.EvaluationInterfaceTransformerLT = left_out.TransformerLTRunner = None  # type: ignore[attr-defined]
-    sys.modules["dynast.supernetwork.machine_translation.transformer_interface"] = left_out
+    for place, name in {"machine_translation.transformer": "TransformerLT", "text_classification.bert": "BertSST2"}.items():
+        left_out = ModuleType(place)
+        setattr(left_out, f"EvaluationInterface{name}", None)
+        setattr(left_out, f"{name}Runner", None)
+        sys.modules[f"dynast.supernetwork.{place}_interface"] = left_out
     from dynast.search.search_tactic import LINAS
 
     class Tabled:

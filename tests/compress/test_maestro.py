@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+from contextlib import ExitStack
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -23,16 +24,14 @@ import wellread
 from wellread import Network, meter, ranks, runtime
 from wellread.batches import network_batches
 from wellread.compress.maestro import (
-    Momentum,
     cut_to,
     dense,
     deploy,
     draw,
     hierarchical_lasso,
     importance,
-    keep_columns,
     maestro,
-    merged,
+    narrowed,
     needed,
     ordered_layers,
     train_ordered,
@@ -116,22 +115,35 @@ def test_a_cut_is_the_others_at_zero(kind: str) -> None:
 
 
 @pytest.mark.parametrize("kind", ["linear", "conv"])
-def test_multiplied_back_and_cut_for_good_it_computes_the_same(kind: str) -> None:
+def test_multiplied_back_it_computes_the_same(kind: str) -> None:
     pair, x = a_pair(kind), an_input(kind)
-    torch.testing.assert_close(dense(pair)(x), pair(x))
-    with cut_to(pair, 3):
-        expected = pair(x)
-    keep_columns(pair, 3)
-    assert torch.equal(pair(x), expected)
-    torch.testing.assert_close(dense(pair)(x), expected)
-    assert [tuple(tensor.shape)[:2] for tensor in weights(pair)] == ([(3, 7), (6, 3)] if kind == "linear" else [(3, 36), (6, 3)])
+    whole = dense(pair)
+    torch.testing.assert_close(whole(x), pair(x))
+    fresh = nn.Linear(7, 6) if kind == "linear" else nn.Conv2d(4, 6, 3, 2, (1, 2), 2, padding_mode="reflect")
+    assert repr(whole) == repr(fresh) and not {id(each) for each in whole.parameters()} & {id(each) for each in pair.parameters()}
+    assert [tuple(tensor.shape) for tensor in weights(pair, 3)] == ([(3, 7), (6, 3)] if kind == "linear" else [(3, 36), (6, 3)])
+
+
+def test_cut_for_good_it_computes_the_same(cnn: Network, colors: Dataset) -> None:
+    network, paths = factorised(cnn)
+    state = {key: tensor.clone() for key, tensor in network.module.state_dict().items()}
+    widths: dict[str, int | None] = {path: None if number == 1 else 2 + number for number, path in enumerate(paths)}
+    small = narrowed(network, widths)
+    with ExitStack() as cuts:
+        for path in paths:
+            cuts.enter_context(cut_to(layer_of(network.module, path), widths[path] or 10**6))
+        np.testing.assert_allclose(predict(small, colors), predict(network, colors), rtol=1e-4, atol=1e-5)
+    assert {record["layer"]: record["rank"] for record in small.edits if record["edit"] == "factorise"} == {
+        path: width for path, width in widths.items() if width
+    }
+    assert all(torch.equal(tensor, state[key]) for key, tensor in network.module.state_dict().items())
 
 
 def test_at_full_rank_the_network_computes_what_it_did(cnn: Network, colors: Dataset) -> None:
     full, paths = factorised(cnn)
     np.testing.assert_allclose(predict(full, colors), predict(cnn, colors), rtol=1e-4, atol=1e-4)
     assert ordered_layers(full) == paths and len(paths) > 4
-    back = merged(full, paths)
+    back = narrowed(full, dict.fromkeys(paths))
     assert back.edits == cnn.edits and back.module.state_dict().keys() == cnn.module.state_dict().keys()
     np.testing.assert_allclose(predict(back, colors), predict(full, colors), rtol=1e-4, atol=1e-5)
 
@@ -184,10 +196,10 @@ def test_importance_is_that_of_the_paper_for_balanced_columns() -> None:
 
 def test_each_cycle_goes_once_through_every_layer_and_width() -> None:
     widths = [3, 7, 1]
-    cycles = [[draw(widths, cycle * 11 + number, seed=4) for number in range(11)] for cycle in range(3)]
+    cycles = [[draw(widths, cycle * 11 + number, (4,)) for number in range(11)] for cycle in range(3)]
     every = {(layer, width) for layer, most in enumerate(widths) for width in range(1, most + 1)}
     assert all(set(cycle) == every for cycle in cycles)
-    assert cycles[0] != cycles[1] != cycles[2] and cycles[0] != [draw(widths, number, seed=5) for number in range(11)]
+    assert cycles[0] != cycles[1] != cycles[2] and cycles[0] != [draw(widths, number, (5,)) for number in range(11)]
 
 
 # --- SVD and PCA by training
@@ -201,7 +213,7 @@ def trained(target: Tensor, x: Tensor, rank: int, *, ordered: bool, seed: int, s
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
     for number in range(steps):
         optimizer.zero_grad()
-        with cut_to(pair, draw([rank], number, seed)[1] if ordered else rank):
+        with cut_to(pair, draw([rank], number, (seed,))[1] if ordered else rank):
             (pair(x) - target).square().sum().backward()
         optimizer.step()
         schedule.step()
@@ -246,7 +258,7 @@ def test_a_linear_autoencoder_becomes_pca_on_digits() -> None:
 
 def settings(network: Network, colors: Dataset, **changed: Any) -> dict[str, Any]:
     batches = network_batches(network, colors, batch_size=12, shuffle=True, drop_last=True)
-    return {"batches": batches, "loss": lambda out, batch: F.cross_entropy(out, batch["label"]), "epochs": 2, **changed}
+    return {"batches": batches, "loss": lambda out, batch: F.cross_entropy(out, batch["label"]), "epochs": 2, "lasso": 1e-6, "shrink": 0.0, **changed}
 
 
 def test_one_layer_is_cut_in_each_step_and_all_others_are_whole(cnn: Network, colors: Dataset, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -261,77 +273,59 @@ def test_one_layer_is_cut_in_each_step_and_all_others_are_whole(cnn: Network, co
 
     monkeypatch.setattr(module_under_test, "cut_to", noted)
     widths = [len(weights(layer_of(network.module, path))[0]) for path in paths]
-    history = train_ordered(network, paths, **settings(network, colors, shrink=0.0, epochs=3))
-    assert seen == [draw(widths, number) for number in range(9)]  # on through the epochs
+    _, history = train_ordered(network, paths, **settings(network, colors, epochs=3))
+    steps = [seen[start : start + len(paths)] for start in range(0, len(seen), len(paths))]
+    expected = [(dict(enumerate(widths)) | dict([draw(widths, number, (0, epoch))])) for epoch in range(3) for number in range(3)]
+    assert [dict(each) for each in steps] == expected and len({each for step in steps for each in step}) > len(paths)
     assert history == [dict(zip(paths, widths, strict=True))] * 3
     assert not states_equal(network, factorised(cnn)[0])
     seen.clear()
     train_ordered(network, paths, **settings(network, colors, ordered=False))
-    assert seen == []
+    assert seen == list(enumerate(widths)) * 6
 
 
-def test_momentum_goes_on_from_one_training_to_the_next() -> None:
-    """Two trainings of one epoch each are torch's SGD over both."""
-    from wellread.batches import tensor_batches
-    from wellread.train import fit
+def test_columns_go_between_epochs_and_are_never_read_again(cnn: Network, colors: Dataset, monkeypatch: pytest.MonkeyPatch) -> None:
+    options: dict[str, Any] = {"shrink": 0.1, "lasso": 1e-3, "epochs": 3}
+    start, paths = factorised(cnn)
+    network = start.copy()
+    small, history = train_ordered(network, paths, **settings(network, colors, **options))
+    assert len(history) == 3 and small.edits == [each | {"rank": history[2][each["layer"]]} if "rank" in each else each for each in start.edits]
+    for layer in ranks.find_layers(cnn)[0]:
+        assert history[2][layer.path] <= history[1][layer.path] <= history[0][layer.path] < layer.highest
+        into, out = weights(layer_of(small.module, layer.path))
+        assert len(into) == out.shape[1] == history[2][layer.path]
+        mine = weights(layer_of(network.module, layer.path), len(into))
+        assert torch.equal(into, mine[0]) and torch.equal(out, mine[1])
+    np.testing.assert_allclose(predict(small, colors), predict(narrowed(network, history[2]), colors), rtol=1e-6)
+    shrink = module_under_test.Ordered.shrink
 
-    torch.manual_seed(0)
-    x, y = torch.randn(12, 7), torch.randn(12, 6)
-    ours, theirs = a_pair(), a_pair()
-    values: dict[str, Tensor] = {}
-    for _ in range(2):
-        holder = Momentum(ours, values)
-        fit(holder, tensor_batches({"x": x, "y": y}, batch_size=4), lambda _, b: (ours(b["x"]) - b["y"]).square().mean(),
-            epochs=1, learning_rate=0.05, optimizer=holder.sgd, schedule="constant")  # fmt: skip
-        values = holder.values()
-    optimizer = torch.optim.SGD(theirs.parameters(), lr=0.05, momentum=0.9, weight_decay=1e-4)
-    for rows in [*torch.arange(12).split(4)] * 2:
-        optimizer.zero_grad()
-        (theirs(x[rows]) - y[rows]).square().mean().backward()
-        optimizer.step()
-    for (name, mine), other in zip(ours.named_parameters(), theirs.parameters(), strict=True):
-        torch.testing.assert_close(mine, other)
-        torch.testing.assert_close(values[name], optimizer.state[other]["momentum_buffer"])
+    def spoilt(self: Any, epoch: int, threshold: float) -> None:
+        shrink(self, epoch, threshold)
+        for pair, width in zip(self.pairs, self.ranks[epoch].tolist(), strict=True):
+            with torch.no_grad():
+                pair[0].weight[width:] = 1e6
+                pair[1].weight[:, width:] = -1e6
 
-
-def test_shrinking_removes_columns_their_momentum_and_says_so_in_the_edits(cnn: Network, colors: Dataset, monkeypatch: pytest.MonkeyPatch) -> None:
-    network, paths = factorised(cnn)
-    given: list[dict[str, Tensor]] = []
-    holder = module_under_test.Momentum
-
-    class Noted(holder):  # type: ignore[misc, valid-type]
-        def __init__(self, module: nn.Module, values: Any) -> None:
-            given.append(dict(values))
-            super().__init__(module, values)
-
-    monkeypatch.setattr(module_under_test, "Momentum", Noted)
-    history = train_ordered(network, paths, **settings(network, colors, shrink=0.1))
-    for path in paths:
-        assert history[1][path] <= history[0][path] < ranks.find_layers(cnn)[0][paths.index(path)].highest
-        into, out = weights(layer_of(network.module, path))
-        assert len(into) == out.shape[1] == history[1][path]
-        assert given[1][f"{path}.0.weight"].shape[0] == given[1][f"{path}.1.weight"].shape[1] == history[0][path]
-        assert float(given[1][f"{path}.0.weight"].abs().max()) > 0
-    assert {record["layer"]: record["rank"] for record in network.edits if record["edit"] == "factorise"} == history[1]
+    monkeypatch.setattr(module_under_test.Ordered, "shrink", spoilt)
+    other = start.copy()
+    found = train_ordered(other, paths, **settings(other, colors, **options))
+    assert found[1] == history and states_equal(found[0], small)
 
 
-def test_the_penalty_and_the_second_pass_are_part_of_the_loss(cnn: Network, colors: Dataset) -> None:
+def test_the_penalty_is_part_of_the_loss(cnn: Network, colors: Dataset) -> None:
     start, paths = factorised(cnn)
     found = {}
-    arms: dict[str, dict[str, Any]] = {"plain": {}, "lasso": {"lasso": 0.01}, "full": {"full_pass": True}}
-    for name, changed in arms.items():
+    for lasso in (0.0, 0.01):
         network = start.copy()
-        train_ordered(network, paths, **settings(network, colors, epochs=1, shrink=0.0, **{"lasso": 0.0, "learning_rate": 0.1, **changed}))
-        found[name] = network
-    norms = {name: sum(float(hierarchical_lasso(layer_of(each.module, path))) for path in paths) for name, each in found.items()}
-    assert norms["lasso"] < norms["plain"]
-    assert not states_equal(found["plain"], found["full"])
+        train_ordered(network, paths, **settings(network, colors, epochs=1, lasso=lasso, learning_rate=0.1))
+        found[lasso] = sum(hierarchical_lasso(layer_of(network.module, path)).item() for path in paths)
+    assert found[0.01] < found[0.0]
 
 
 def test_a_killed_training_goes_on_where_it_was(cnn: Network, colors: Dataset, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     unbroken, paths = factorised(cnn)
     options: dict[str, Any] = {"shrink": 0.05, "epochs": 3, "learning_rate": 0.05}
-    whole = train_ordered(unbroken, paths, **settings(unbroken, colors, **options))
+    whole, history = train_ordered(unbroken, paths, **settings(unbroken, colors, **options))
     clock = SimpleNamespace(perf_counter=iter(range(0, 10**9, 1000)).__next__)  # so slow that each step leaves a checkpoint
     monkeypatch.setattr("wellread.train.time", clock)
     steps = []
@@ -348,8 +342,8 @@ def test_a_killed_training_goes_on_where_it_was(cnn: Network, colors: Dataset, t
     monkeypatch.undo()
     resumed, _ = factorised(cnn)
     with runtime.using(folder=tmp_path):
-        assert train_ordered(resumed, paths, **settings(resumed, colors, **options)) == whole
-    assert states_equal(resumed, unbroken) and resumed.edits == unbroken.edits
+        found = train_ordered(resumed, paths, **settings(resumed, colors, **options))
+    assert found[1] == history and states_equal(found[0], whole) and found[0].edits == whole.edits
 
 
 # --- smaller networks of it
@@ -384,14 +378,6 @@ def test_deployment_keeps_first_columns_within_the_budget(cnn: Network, colors: 
     anew = deploy(network, colors, threshold=0.3)
     changed = {key for key, tensor in small.module.state_dict().items() if not torch.equal(tensor, anew.module.state_dict()[key])}
     assert changed and all("running_" in key or "num_batches" in key for key in changed)
-
-
-def test_layers_that_are_slower_in_two_parts_stay_whole(cnn: Network, monkeypatch: pytest.MonkeyPatch) -> None:
-    network, _ = factorised(cnn)
-    cut = [record["layer"] for record in deploy(network, threshold=0.5).edits if record["edit"] == "factorise"]
-    monkeypatch.setattr(ranks, "milliseconds", lambda _, __, chosen: {path: (1.0, 2.0 if path == cut[0] else 0.5) for path in chosen})
-    left = [record["layer"] for record in deploy(network, threshold=0.5, pays="measured").edits if record["edit"] == "factorise"]
-    assert left == cut[1:]
 
 
 LOAD = """

@@ -7,8 +7,9 @@ and a cut between epochs take away what is not needed.
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from functools import lru_cache
 from typing import Any, Literal
 
@@ -31,7 +32,7 @@ from wellread.network import Network
 from wellread.norm import norm_layers, reestimate_norm
 from wellread.results import Report
 from wellread.structure import layer_of, put_layer
-from wellread.train import fit, schedule_factor
+from wellread.train import fit
 
 NORM_ROWS = 1024
 CURVE = (0.9, 0.8, 0.7, 0.6, 0.5)  # shares of the multiply-adds at which a report shows the accuracy
@@ -40,9 +41,9 @@ CURVE = (0.9, 0.8, 0.7, 0.6, 0.5)  # shares of the multiply-adds at which a repo
 # --- one layer as two
 
 
-def weights(pair: Any) -> tuple[Tensor, Tensor]:
-    """V [r, n] and U [o, r] of the two layers that the edit `factorise` makes; the layer's matrix is U @ V."""
-    return pair[0].weight.flatten(1), pair[1].weight.flatten(1)
+def weights(pair: Any, width: int | None = None) -> tuple[Tensor, Tensor]:
+    """V [r, n] and U [o, r] of the two layers that the edit `factorise` makes, or their first `width` columns; the layer's matrix is U @ V."""
+    return pair[0].weight.flatten(1)[:width], pair[1].weight.flatten(1)[:, :width]
 
 
 @contextmanager
@@ -60,16 +61,16 @@ def cut_to(pair: Any, width: int) -> Iterator[None]:
         del pair.forward  # the class's own is back
 
 
-def hierarchical_lasso(pair: Any) -> Tensor:
-    """sum over b of ||U[:, b:]||_F + ||V[b:]||_F: a column is in as many terms as columns stand before it, so the last ones shrink first."""
-    into, out = weights(pair)
-    tails = [squares.flip(0).cumsum(0) for squares in (into.square().sum(1), out.square().sum(0))]
-    return sum(((tail + 1e-30).sqrt().sum() for tail in tails), into.new_zeros(()))  # the root has no gradient at zero
+def hierarchical_lasso(pair: Any, width: int | None = None) -> Tensor:
+    """sum over b of ||U[:, b:]||_F + ||V[b:]||_F, a scalar: a column is in as many terms as columns stand before it, so the last ones shrink first."""
+    into, out = weights(pair, width)
+    tails = torch.stack([into.square().sum(1), out.square().sum(0)]).flip(1).cumsum(1)
+    return (tails + 1e-30).sqrt().sum()  # the root has no gradient at zero
 
 
-def strengths(pair: Any) -> Tensor:
+def strengths(pair: Any, width: int | None = None) -> Tensor:
     """||u_j|| ||v_j|| of each column, float64 [r]; unlike either norm it does not change when a factor moves from U to V."""
-    into, out = (tensor.detach().cpu().double() for tensor in weights(pair))
+    into, out = (tensor.detach().cpu().double() for tensor in weights(pair, width))
     return into.norm(dim=1) * out.norm(dim=0)
 
 
@@ -78,96 +79,74 @@ def importance(pair: Any) -> Tensor:
     return strengths(pair).flip(0).cumsum(0).flip(0)
 
 
-def needed(pair: Any, threshold: float) -> int:
+def needed(pair: Any, threshold: float, width: int | None = None) -> int:
     """How many columns stay when all from b on go, for the first b whose importance is at most the share `threshold` of the whole; at least 1."""
-    return ranks.energy_rank(strengths(pair).sqrt(), 1 - threshold)
-
-
-def keep_columns(pair: Any, rank: int) -> None:
-    """Remove the columns from `rank` on, in place."""
-    first, second = pair
-    for layer, cut in ((first, first.weight[:rank]), (second, second.weight[:, :rank])):
-        layer.weight = nn.Parameter(cut.detach().clone(), layer.weight.requires_grad)
-    if isinstance(first, nn.Linear):
-        first.out_features = second.in_features = rank
-    else:
-        first.out_channels = second.in_channels = rank
+    return ranks.energy_rank(strengths(pair, width).sqrt(), 1 - threshold)
 
 
 def dense(pair: Any) -> nn.Linear | nn.Conv2d:
     """The one layer that computes what the two do."""
-    first, second = pair
-    into, out = weights(pair)
-    kind: dict[str, Any] = {"bias": second.bias is not None, "device": into.device, "dtype": into.dtype}
-    if isinstance(first, nn.Linear):
-        whole: nn.Linear | nn.Conv2d = nn.Linear(first.in_features, second.out_features, **kind)
-    else:
-        form: dict[str, Any] = {name: getattr(first, name) for name in ("kernel_size", "stride", "padding", "dilation", "padding_mode")}
-        whole = nn.Conv2d(first.in_channels, second.out_channels, **form, **kind)
-    with torch.no_grad():
-        whole.weight.copy_((out.double() @ into.double()).reshape(whole.weight.shape))
-        if whole.bias is not None:
-            whole.bias.copy_(second.bias)
-    whole.weight.requires_grad_(second.weight.requires_grad)
-    return whole.train(pair.training)
+    into, out = (tensor.detach() for tensor in weights(pair))
+    whole = copy.deepcopy(pair[0])
+    product = (out.cpu().double() @ into.cpu().double()).reshape(len(out), *whole.weight.shape[1:])
+    whole.weight, whole.bias = nn.Parameter(product.to(out), whole.weight.requires_grad), copy.deepcopy(pair[1].bias)
+    setattr(whole, "out_features" if isinstance(whole, nn.Linear) else "out_channels", len(out))
+    return whole
+
+
+def narrowed(network: Network, widths: Mapping[str, int | None]) -> Network:
+    """A copy whose factorised layers {path: width} keep their first columns only, or are one layer again where the width is None."""
+    small = network.copy()
+    for path, width in widths.items():
+        pair: Any = layer_of(small.module, path)
+        if width is None:
+            small.module = put_layer(small.module, path, dense(pair))
+            continue
+        for layer, cut in zip(pair, (pair[0].weight[:width], pair[1].weight[:, :width]), strict=True):
+            layer.weight = nn.Parameter(cut.detach().clone(), layer.weight.requires_grad)
+        names = ("out_features", "in_features") if isinstance(pair[0], nn.Linear) else ("out_channels", "in_channels")
+        for layer, name in zip(pair, names, strict=True):
+            setattr(layer, name, width)
+    mine = [(record["edit"] == "factorise" and record["layer"] in widths, record) for record in small.edits]
+    small.edits = [record | {"rank": widths[record["layer"]]} if ours else record for ours, record in mine if not ours or widths[record["layer"]]]
+    return small
 
 
 # --- training
 
 
 @lru_cache(maxsize=4)
-def _cycle(widths: tuple[int, ...], seed: int, cycle: int) -> np.ndarray:
+def _cycle(widths: tuple[int, ...], seed: tuple[int, ...]) -> np.ndarray:
     every = [(layer, width) for layer, most in enumerate(widths) for width in range(1, most + 1)]
-    return np.random.default_rng((seed, cycle)).permutation(np.array(every))
+    return np.random.default_rng(seed).permutation(np.array(every))
 
 
-def draw(widths: Sequence[int], number: int, seed: int = 0) -> tuple[int, int]:
+def draw(widths: Sequence[int], number: int, seed: Sequence[int] = (0,)) -> tuple[int, int]:
     """The layer that step `number` cuts, and to how many columns. Each cycle goes once through every layer and width, in an order of its own."""
     cycle, place = divmod(number, sum(widths))
-    layer, width = _cycle(tuple(widths), seed, cycle)[place]
+    layer, width = _cycle(tuple(widths), (*seed, cycle))[place]
     return int(layer), int(width)
 
 
-class OrderedBatches(Batches):
-    """Batches that also say which "layer" their step cuts to which "width"; `first` steps of the cycle lie behind."""
+class Ordered(nn.Module):
+    """A module whose layers lose columns between epochs, with what a resumed training must know: `steps` done, `ranks` int64 [epochs + 1, layers].
 
-    def __init__(self, batches: Batches, widths: Sequence[int], first: int = 0) -> None:
-        kept = {name: getattr(batches, name) for name in ("batch_size", "shuffle", "seed", "drop_last")}
-        super().__init__(batches.rows, batches.get, **kept)
-        self.widths, self.first, self.past = list(widths), first, 0
+    Row e of `ranks` holds in epoch e; the last one is what remains. Columns beyond it are not read again, by forward pass, penalty or importance.
+    """
 
-    def epoch(self, number: int, *, start: int = 0, process: int = 0, processes: int = 1) -> Iterator[dict[str, Any]]:
-        """Of epoch `past` + `number`: a training of one epoch after `past` others sees the pictures in another order than they did."""
-        for batch, content in enumerate(super().epoch(self.past + number, start=start, process=process, processes=processes), start):
-            layer, width = draw(self.widths, self.first + number * len(self) + batch, self.seed)
-            yield {**content, "layer": layer, "width": width}
-
-
-class Momentum(nn.Module):
-    """A module with the momentum of what is trained in it as buffers: it goes on from one training to the next, and in a resumed one."""
-
-    def __init__(self, module: nn.Module, values: Mapping[str, Tensor]) -> None:
+    def __init__(self, module: nn.Module, pairs: Sequence[Any], epochs: int) -> None:
         super().__init__()
-        self.module = module
-        self.trained = [(name, parameter) for name, parameter in module.named_parameters() if parameter.requires_grad]
-        for number, (name, parameter) in enumerate(self.trained):
-            self.register_buffer(f"momentum{number}", values.get(name, torch.zeros_like(parameter)).clone())
+        self.module, self.pairs = module, list(pairs)
+        self.steps: Tensor
+        self.ranks: Tensor
+        self.register_buffer("steps", torch.zeros((), dtype=torch.int64))
+        self.register_buffer("ranks", torch.tensor([[len(weights(pair)[0]) for pair in pairs]] * (epochs + 1)))
 
-    def values(self) -> dict[str, Tensor]:
-        return {name: self.get_buffer(f"momentum{number}") for number, (name, _) in enumerate(self.trained)}
-
-    def sgd(self, groups: Any, lr: float) -> torch.optim.Optimizer:
-        """SGD with momentum 0.9 and weight decay 1e-4 that starts from the buffers and leaves its own in them."""
-        optimizer = torch.optim.SGD(groups, lr=lr, momentum=0.9, weight_decay=1e-4)
-        values = self.values()
-        for name, parameter in self.trained:
-            optimizer.state[parameter]["momentum_buffer"] = values[name].clone()
-
-        def store(*_: Any) -> None:
-            torch._foreach_copy_(list(self.values().values()), [optimizer.state[each]["momentum_buffer"] for _, each in self.trained])
-
-        optimizer.register_step_post_hook(store)
-        return optimizer
+    def shrink(self, epoch: int, threshold: float) -> None:
+        """Fill row `epoch` of the ranks from the one before and the weights as they are; a threshold of 0 keeps all."""
+        for number, pair in enumerate(self.pairs):
+            width = int(self.ranks[epoch - 1, number])
+            self.ranks[epoch, number] = needed(pair, threshold, width) if threshold > 0 else width
 
 
 def train_ordered(
@@ -177,61 +156,45 @@ def train_ordered(
     loss: Callable[[Tensor, dict[str, Any]], Tensor],
     *,
     epochs: int,
-    lasso: float = 1e-6,
-    shrink: float = 1e-5,
-    ordered: bool = True,
-    full_pass: bool = False,
+    lasso: float,
+    shrink: float,
     learning_rate: float = 0.01,
+    ordered: bool = True,
     seed: int = 0,
     name: str = "ordered training",
-) -> list[dict[str, int]]:
-    """Train a network in place whose layers at `paths` are factorised, and cut it after every epoch. Returns the ranks then.
+) -> tuple[Network, list[dict[str, int]]]:
+    """Train a network, in place, whose layers at `paths` are factorised. Returns a copy at the ranks that are left, and the ranks after each epoch.
 
-    loss: (output, batch with "inputs") to a scalar. lasso, shrink, full_pass: as for `maestro`. ordered: False trains all columns in every step.
-    The learning rate falls to a tenth after 50 % and after 75 % of the epochs.
+    loss: (output, batch with "inputs") to a scalar. lasso, shrink: as for `maestro`. ordered: False trains all columns in every step.
+    SGD with momentum 0.9 and weight decay 1e-4; the learning rate falls to a tenth after 50 % and after 75 % of the steps.
     """
-    pairs = [layer_of(network.module, path) for path in paths]
-    values: dict[str, Tensor] = {}
-    history: list[dict[str, int]] = []
-    walk = OrderedBatches(batches, [len(weights(pair)[0]) for pair in pairs])
-    for epoch in range(epochs):
-        holder = Momentum(network.module, values)
-        walk.past = epoch
+    module = network.module
+    whole = Ordered(module, [layer_of(module, path) for path in paths], epochs)
 
-        def step(_: nn.Module, batch: dict[str, Any]) -> tuple[Tensor, dict[str, float | Tensor]]:
-            whole = network(batch["inputs"]) if full_pass or not ordered else None
-            task = loss(whole, batch) if whole is not None else torch.zeros(())
-            if ordered:
-                with cut_to(pairs[batch["layer"]], batch["width"]):
-                    part = network(batch["inputs"])
-                task = task + F.cross_entropy(part, whole.detach().softmax(-1)) if whole is not None else loss(part, batch)
-            penalty = sum((hierarchical_lasso(pair) for pair in pairs), torch.zeros((), device=task.device)) if lasso > 0 else 0.0
-            return task + lasso * penalty, {"task": task}
+    def step(_: nn.Module, batch: dict[str, Any]) -> tuple[Tensor, dict[str, float | Tensor]]:
+        epoch, number = divmod(int(whole.steps), len(batches))
+        if epoch and number == 0:
+            whole.shrink(epoch, shrink)
+        whole.steps += 1
+        widths = whole.ranks[epoch].tolist()
+        chosen, width = draw(widths, number, (seed, epoch)) if ordered else (0, widths[0])
+        with ExitStack() as cuts:
+            for layer, (pair, most) in enumerate(zip(whole.pairs, widths, strict=True)):
+                cuts.enter_context(cut_to(pair, width if layer == chosen else most))
+            task = loss(network(batch["inputs"]), batch)
+        if lasso == 0:
+            return task, {"task": task}
+        penalty = torch.stack([hierarchical_lasso(pair, most) for pair, most in zip(whole.pairs, widths, strict=True)]).sum()
+        return task + lasso * penalty, {"task": task}
 
-        rate = learning_rate * schedule_factor(epoch, epochs, "step")
-        fit(holder, walk, step, epochs=1, learning_rate=rate, optimizer=holder.sgd, schedule="constant", seed=seed, name=f"{name} {epoch + 1}")
-        values, walk.first = holder.values(), walk.first + len(walk)
-        kept = [needed(pair, shrink) if shrink > 0 else len(weights(pair)[0]) for pair in pairs]
-        if kept != walk.widths:
-            for path, pair, rank in zip(paths, pairs, kept, strict=True):
-                keep_columns(pair, rank)
-                for key, cut in ((f"{path}.0.weight", slice(rank)), (f"{path}.1.weight", (slice(None), slice(rank)))):
-                    if key in values:
-                        values[key] = values[key][cut].clone()
-            walk.widths, walk.first = kept, 0
-            said = dict(zip(paths, kept, strict=True))
-            network.edits = [each | {"rank": said[each["layer"]]} if _of(each, said) else each for each in network.edits]
-        history.append(dict(zip(paths, kept, strict=True)))
-    network.module.eval()
-    return history
-
-
-def _pair(network: Network, path: str) -> Any:
-    return layer_of(network.module, path)
-
-
-def _of(record: Mapping[str, Any], paths: Mapping[str, Any] | Sequence[str]) -> bool:
-    return record["edit"] == "factorise" and record["layer"] in paths
+    if any(isinstance(layer, nn.Conv2d) for layer in module.modules()):
+        module.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+    options: dict[str, Any] = {"optimizer": "sgd", "momentum": 0.9, "weight_decay": 1e-4, "schedule": "step"}
+    fit(whole, batches, step, epochs=epochs, learning_rate=learning_rate, seed=seed, name=name, **options)
+    whole.shrink(epochs, shrink)
+    module.to(memory_format=torch.contiguous_format).eval()  # type: ignore[call-overload]
+    history = [dict(zip(paths, row, strict=True)) for row in whole.ranks[1:].tolist()]
+    return narrowed(network, history[-1]), history
 
 
 # --- after training
@@ -249,23 +212,8 @@ def ordered_layers(network: Network) -> list[str]:
     return found[::-1]
 
 
-def merged(network: Network, paths: Sequence[str]) -> Network:
-    """A copy in which these pairs are one layer each again, with what was trained; it computes the same."""
-    whole = network.copy()
-    for path in paths:
-        whole.module = put_layer(whole.module, path, dense(layer_of(whole.module, path)))
-    whole.edits = [record for record in whole.edits if not _of(record, paths)]
-    return whole
-
-
 def deploy(
-    network: Network,
-    data: Dataset | None = None,
-    *,
-    keep: float | None = None,
-    budget: ranks.Measure = "macs",
-    threshold: float = 0.0,
-    pays: Literal["counted", "measured"] = "counted",
+    network: Network, data: Dataset | None = None, *, keep: float | None = None, budget: ranks.Measure = "macs", threshold: float = 0.0
 ) -> Network:
     """A smaller copy of a network from `maestro` (or of another whose last edits are `factorise`), without training.
 
@@ -273,7 +221,6 @@ def deploy(
     keep: share of the cost of the network with whole layers that may remain; one threshold for all layers is found that meets it.
     budget: what `keep` counts, and what a pair must have less of than the whole layer: multiply-adds or parameters.
     threshold: when `keep` is not given, columns go whose importance, with all behind them, is at most this share of their layer's.
-    pays: counted, or measured as well: layers whose pair is slower here stay whole.
     Each layer keeps its first columns, or is one layer again where two would not be cheaper.
     Raises `BadInput` for no factorised layer and for a budget that rank 1 everywhere does not meet, with the smallest that it does.
     """
@@ -282,31 +229,18 @@ def deploy(
     paths = ordered_layers(network)
     if not paths:
         raise BadInput("the last edits of this network factorise no layer: give one from maestro, before other edits")
-    whole = merged(network, paths)
+    whole = narrowed(network, dict.fromkeys(paths))
     layers = [layer for layer in ranks.find_layers(whole)[0] if layer.path in paths]
-    columns = {layer.path: strengths(layer_of(network.module, layer.path)).sqrt() for layer in layers}
-
-    def choose() -> dict[str, int]:
-        if keep is None:
-            return ranks.ranks_for_energy(layers, columns, 1 - threshold, measure=budget)
-        return ranks.ranks_for_budget(layers, columns, ranks.limit_for(whole, layers, keep, budget), measure=budget)[0]
-
-    chosen = choose()
-    if pays == "measured":
-        times = ranks.milliseconds(whole, layers, chosen)
-        layers = [layer for layer in layers if layer.path not in chosen or times[layer.path][1] < times[layer.path][0]]
-        chosen = choose()
-    small = ranks.cut(whole, layers, chosen)
-    for path, rank in chosen.items():
-        mine, theirs = (_pair(each, path) for each in (small, network))
-        with torch.no_grad():
-            mine[0].weight.copy_(theirs[0].weight[:rank])
-            mine[1].weight.copy_(theirs[1].weight[:, :rank])
+    columns = {path: strengths(layer_of(network.module, path)).sqrt() for path in paths}
+    if keep is None:
+        chosen = ranks.ranks_for_energy(layers, columns, 1 - threshold, measure=budget)
+    else:
+        chosen, _ = ranks.ranks_for_budget(layers, columns, ranks.limit_for(whole, layers, keep, budget), measure=budget)
+    small = narrowed(network, {path: chosen.get(path) for path in paths})
     if data is not None and norm_layers(small.module):
         reestimate_norm(small, data)
-    small.module.to(memory_format=torch.contiguous_format)  # type: ignore[call-overload]  # as it will be loaded
-    said = {"keep": keep, "budget": budget, "threshold": threshold, "pays": pays}
-    small.lineage = [*network.lineage, lineage_step("maestro-deploy", said, parents=[network.fingerprint], result=small.fingerprint)]
+    said = {"keep": keep, "budget": budget, "threshold": threshold}
+    small.lineage.append(lineage_step("maestro-deploy", said, parents=[network.fingerprint], result=small.fingerprint))
     return small
 
 
@@ -322,8 +256,6 @@ def maestro(
     leave_out: list[str] | None = None,
     lasso: float = 1e-6,
     shrink: float = 1e-5,
-    full_pass: bool = False,
-    pays: Literal["counted", "measured"] = "counted",
     epochs: int = 5,
     learning_rate: float = 0.01,
     batch_size: int = 128,
@@ -341,14 +273,12 @@ def maestro(
     leave_out: names of layers, or of blocks that hold them, that stay as they are.
     lasso: weight of the penalty on the tails of the factors (lambda_gl); more of it leaves fewer ranks.
     shrink: after each epoch columns go whose importance, with all behind them, is at most this share of their layer's (epsilon_ps); 0 keeps all.
-    full_pass: run the whole network in each step, too, and let the cut one learn its answers; twice the time.
-    pays: with `keep`: when a layer is two layers, only where that is cheaper, counted, or measured as time on this machine as well.
     epochs: of training; the learning rate falls to a tenth after half and after three quarters of them.
     learning_rate, batch_size: of SGD with momentum 0.9 and weight decay 1e-4.
     seed: of the order of the examples and of the cuts.
 
     `deploy(result, data, keep=0.5)` makes a smaller network of it at once. The report "maestro" has the ranks of each layer after each epoch, the
-    importance of its columns and, with validation, the accuracy at several budgets.
+    importance of its columns, what the meter says and, with validation, accuracy and time at several budgets.
     Raises BadInput for no layer that can be factorised, a negative lasso, a budget that rank 1 everywhere does not meet (with the smallest that it
     does), and a network that is no classifier of these classes.
     Source: Horvath et al. 2024, arXiv 2308.14929, and SamuelHorvath/Maestro-LoD.
@@ -368,26 +298,23 @@ def maestro(
     if keep is not None:
         ranks.limit_for(network, found, keep, budget)  # before any training
     full = {layer.path: layer.highest for layer in found}
-    whole = ranks.cut(network, found, full)
-    if any(isinstance(layer, nn.Conv2d) for layer in whole.module.modules()):
-        whole.module.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
-    batches = network_batches(whole, train, batch_size=batch_size, shuffle=True, seed=seed, drop_last=bool(norm_layers(whole.module)))
-    settings: dict[str, Any] = {"lasso": lasso, "shrink": shrink, "full_pass": full_pass, "learning_rate": learning_rate, "seed": seed}
-    history = train_ordered(whole, list(full), batches, lambda out, batch: F.cross_entropy(out, batch["label"]), epochs=epochs, **settings)
+    start = ranks.cut(network, found, full)
+    batches = network_batches(start, train, batch_size=batch_size, shuffle=True, seed=seed, drop_last=bool(norm_layers(start.module)))
+    settings: dict[str, Any] = {"epochs": epochs, "lasso": lasso, "shrink": shrink, "learning_rate": learning_rate, "seed": seed}
+    ordered, history = train_ordered(start, list(full), batches, lambda out, batch: F.cross_entropy(out, batch["label"]), **settings)
     sample = subset(train, np.random.default_rng(seed).permutation(len(train))[:NORM_ROWS]) if len(train) > 1 else None
-    if norm_layers(whole.module) and sample is not None:
-        reestimate_norm(whole, sample)
-    whole.module.to(memory_format=torch.contiguous_format)  # type: ignore[call-overload]  # as it will be loaded
-    result = whole if keep is None else deploy(whole, sample, keep=keep, budget=budget, pays=pays)
+    if norm_layers(ordered.module) and sample is not None:
+        reestimate_norm(ordered, sample)
+    result = ordered if keep is None else deploy(ordered, sample, keep=keep, budget=budget)
     result.lineage = list(network.lineage)  # @method adds the step
 
     timed, warned = ranks.compared(network, result)
     if keep is None:
         warned = ["all layers are two, at all ranks that training left, which need not be cheaper: cut it with deploy(network, data, keep=...)"]
-    final = {record["layer"]: record["rank"] for record in result.edits if _of(record, full)}
+    final = {record["layer"]: record["rank"] for record in result.edits if record["edit"] == "factorise"}
     rows = []
     for path in full:
-        shares = importance(layer_of(whole.module, path))
+        shares = importance(layer_of(ordered.module, path))
         row: dict[str, Any] = {"layer": path, "rank": final.get(path, "whole"), "of": full[path]}
         row |= {f"after epoch {number + 1}": each[path] for number, each in enumerate(history)}
         rows.append(row | {"importance of the columns": [round(float(value / shares[0].clamp(min=1e-300)), 6) for value in shares]})
@@ -401,7 +328,7 @@ def maestro(
     if validation is not None:
         figures |= {"accuracy before": score(network, validation), "accuracy": score(result, validation)}
         result.measured = [{"data": name_of(validation), "rows": len(validation), "metrics": {"accuracy": figures["accuracy"]}}]
-        curve = _curve(whole, network, sample, validation) if keep is None else []
+        curve = _curve(ordered, network, sample, validation) if keep is None else []
         if len(curve) > 1:
             tables["sizes"] = curve
             at = [row["multiply-adds"] for row in curve]
@@ -410,7 +337,7 @@ def maestro(
         f"{sum(history[-1].values())} of {sum(full.values())} ranks left by training in {len(full)} layers",
         figures,
         tables=tables,
-        text="Parameters and multiply-adds are shares of what they were. "
+        text="Parameters, multiply-adds and times are shares of what they were. "
         "The importance of a column is that of it and of all behind it, as a share of the layer's.",
         pictures=pictures,
         warnings=warned,
@@ -418,13 +345,15 @@ def maestro(
     return result
 
 
-def _curve(whole: Network, network: Network, sample: Dataset | None, validation: Dataset) -> list[dict[str, float]]:
-    """Cost and accuracy of cuts that `deploy` makes; those that cannot be reached are left out."""
+def _curve(ordered: Network, network: Network, sample: Dataset | None, validation: Dataset) -> list[dict[str, float]]:
+    """Cost, time and accuracy of cuts that `deploy` makes; those that cannot be reached are left out."""
     rows = []
+    macs, time = meter.macs(network), meter.milliseconds(network, 32)
     for keep in CURVE:
         try:
-            small = deploy(whole, sample, keep=keep)
+            small = deploy(ordered, sample, keep=keep)
         except BadInput:
             break
-        rows.append({"keep": keep, "multiply-adds": meter.macs(small) / meter.macs(network), "accuracy": score(small, validation)})
+        found = {"multiply-adds": meter.macs(small) / macs, "time of a batch of 32": meter.milliseconds(small, 32) / time}
+        rows.append({"keep": keep, **found, "accuracy": score(small, validation)})
     return rows
