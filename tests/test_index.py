@@ -24,9 +24,11 @@ import wellread
 from wellread import index as module
 from wellread.errors import BadInput
 from wellread.families import Transformer
-from wellread.index import Index, QdrantIndex, encode, encode_with_ray, excerpt, words
+from wellread.index import Index, encode
 from wellread.inputs import TextInput
 from wellread.network import Network
+from wellread.remote import QdrantIndex, encode_with_ray
+from wellread.words import excerpt, words
 
 SUBJECTS = ("bread", "turbine", "harbour", "violin", "glacier", "comet", "granite", "orchid", "ledger", "falcon")
 

@@ -575,8 +575,9 @@ def index(encoder: str, corpus: str, out: str, words: int, language: str, device
 @_as_json
 def search(folder: str, query: tuple[str, ...], k: int, mode: str, encoder: str | None, device: str, as_json: bool) -> None:
     """Find the passages of INDEX that answer QUERY."""
-    from wellread.index import Index, excerpt
+    from wellread.index import Index
     from wellread.runtime import using
+    from wellread.words import excerpt
 
     text = " ".join(query)
     with _plain_warnings(), using(device=device, progress=False):

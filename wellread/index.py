@@ -10,19 +10,15 @@ Neither building nor searching holds the corpus in memory. A build that was kill
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
-import re
 import shutil
 import sqlite3
 import uuid
 import warnings
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import closing, contextmanager
 from dataclasses import asdict, dataclass
-from functools import lru_cache
-from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -31,6 +27,7 @@ from datasets import Dataset
 
 from wellread import documents, runtime
 from wellread.errors import BadInput, optional
+from wellread.words import check_language, words
 
 if TYPE_CHECKING:
     from wellread.network import Network
@@ -102,10 +99,10 @@ class Index:
         """
         if kind not in ("flat", "hnsw") or score not in ("cosine", "dot"):
             raise BadInput(f"kind {kind!r} and score {score!r}: choose flat or hnsw, and cosine or dot")
-        _language(language)
+        check_language(language)
         for module in ("faiss", "bm25s") if lexical else ("faiss",):
             optional(module, "retrieve")  # before anything is read
-        network, named = _encoder(encoder)
+        network, named = encoder_of(encoder)
         place = Path(folder).expanduser().resolve()
         file = place / "index.json"
         fixed = {"kind": kind, "score": score, "lexical": lexical, "language": language}
@@ -147,7 +144,7 @@ class Index:
             raise BadInput(f"{place} is not whole: it has no passages.sqlite; copy the folder again, or build the index again")
         index = cls(place, settings)
         if encoder is not None:
-            network = _encoder(encoder)[0]
+            network = encoder_of(encoder)[0]
             index._same_encoder(network)
             index._encoder = network
         return index
@@ -158,7 +155,7 @@ class Index:
             name = self.settings["encoder"]["name"]
             if name is None:
                 raise BadInput(f"{self.folder} was built with a network that has no name: open it with that network, Index.open(folder, encoder=...)")
-            network = _encoder(name)[0]
+            network = encoder_of(name)[0]
             self._same_encoder(network)
             self._encoder = network
         return self._encoder
@@ -213,7 +210,7 @@ class Index:
 
     def _take(self, corpus: Any, how: Literal["build", "add", "update"]) -> None:
         """Passages into the database, in one transaction; they wait there to be encoded."""
-        given = corpus if _is_rows(corpus) else documents.corpus(corpus)
+        given = corpus if is_rows(corpus) else documents.corpus(corpus)
         run, empty = self.database.execute, 0
         with self.database:
             run("CREATE TEMP TABLE IF NOT EXISTS incoming (id TEXT PRIMARY KEY, title TEXT, text TEXT)")
@@ -276,7 +273,7 @@ class Index:
             self._seal(total)
         if start >= total:
             return
-        _warn_unknown(self.encoder, [_whole(*each) for each in self.database.execute(_SOME, (max(1, (total - start) // 200), start))], "passages")
+        _warn_unknown(self.encoder, [whole_text(*each) for each in self.database.execute(_SOME, (max(1, (total - start) // 200), start))], "passages")
         pending = self.folder / "segments" / "pending.f32"
         pending.touch()
         os.truncate(pending, 4 * d * (start - self._ready()))  # what a killed run wrote and did not commit
@@ -290,7 +287,7 @@ class Index:
 
         for first, last in runtime.track(chunks(), f"encoding {total - start} passages", -(-(total - start) // CHUNK)):
             texts = [
-                _whole(*each)
+                whole_text(*each)
                 for each in self.database.execute("SELECT title, text FROM passages WHERE row >= ? AND row < ? ORDER BY row", (first, last))
             ]
             vectors = self._vectors(texts, batch_size)
@@ -395,7 +392,7 @@ class Index:
             for row, title, text in runtime.track(
                 self.database.execute("SELECT row, title, text FROM passages ORDER BY row"), "reading words", total
             ):
-                found = np.asarray([vocabulary.setdefault(word, len(vocabulary)) for word in split(_whole(title, text))], np.int32)
+                found = np.asarray([vocabulary.setdefault(word, len(vocabulary)) for word in split(whole_text(title, text))], np.int32)
                 opened.write(found.tobytes())
                 ends[row + 1] = ends[row] + len(found)
         vocabulary.setdefault("", len(vocabulary))  # bm25s gives this word to queries that have none
@@ -607,7 +604,7 @@ def _fused(parts: dict[str, list[list[tuple[str, float]]]]) -> list[list[tuple[s
     return result
 
 
-def _is_rows(corpus: Any) -> bool:
+def is_rows(corpus: Any) -> bool:
     """An iterable of records, which is taken as it comes."""
     if isinstance(corpus, list | tuple):
         return bool(corpus) and all(isinstance(each, Mapping) for each in corpus)
@@ -634,7 +631,7 @@ def _write(file: Path, text: str) -> None:
     os.replace(partial, file)
 
 
-def _whole(title: str, text: str) -> str:
+def whole_text(title: str, text: str) -> str:
     """What is encoded and whose words count."""
     return f"{title}\n{text}".strip()
 
@@ -642,7 +639,7 @@ def _whole(title: str, text: str) -> str:
 # --- encoding
 
 
-def _encoder(given: Network | str | Path) -> tuple[Network, dict[str, Any]]:
+def encoder_of(given: Network | str | Path) -> tuple[Network, dict[str, Any]]:
     """The network, and what of it is noted in the index: the name under which it can be loaded again, and its fingerprint."""
     from wellread.inputs import TextInput
     from wellread.network import as_network
@@ -697,158 +694,3 @@ def _warn_unknown(network: Network, texts: Sequence[str], what: str) -> None:
             "meaning will not work on them; take a multilingual encoder, or search by words (--mode lexical)",
             stacklevel=3,
         )
-
-
-# --- words
-
-STEMMERS = {
-    "ar": "arabic", "ca": "catalan", "cs": "czech", "da": "danish", "de": "german", "el": "greek", "en": "english", "es": "spanish", "et": "estonian",
-    "eu": "basque", "fa": "persian", "fi": "finnish", "fr": "french", "ga": "irish", "hi": "hindi", "hu": "hungarian", "hy": "armenian", "id": "indonesian",
-    "it": "italian", "lt": "lithuanian", "ne": "nepali", "nl": "dutch", "no": "norwegian", "pl": "polish", "pt": "portuguese", "ro": "romanian",
-    "ru": "russian", "sr": "serbian", "sv": "swedish", "ta": "tamil", "tr": "turkish",
-}  # fmt: skip
-WORD = re.compile(
-    r"[\u3040-\u30ff\u3400-\u9fff\uf900-\ufaff]|[^\W_\u3040-\u30ff\u3400-\u9fff\uf900-\ufaff]+"
-)  # one sign of a script without spaces is a word
-
-
-def _language(language: str | None) -> None:
-    if language is not None and language not in STEMMERS:
-        raise BadInput(f"the language {language!r} is not known: choose {', '.join(STEMMERS)}, or none to take words as they are")
-
-
-@lru_cache
-def words(language: str | None) -> Callable[[str], list[str]]:
-    """The function from a text to its words: lower case, without stop words, stemmed."""
-    if language is None:
-        return lambda text: WORD.findall(text.lower())
-    stem = optional("Stemmer", "retrieve").Stemmer(STEMMERS[language]).stemWords
-    lists = optional("bm25s.stopwords", "retrieve")
-    stop = frozenset(getattr(lists, f"STOPWORDS_{'EN_PLUS' if language == 'en' else STEMMERS[language].upper()}", ()))
-    return lambda text: stem([word for word in WORD.findall(text.lower()) if word not in stop])
-
-
-def excerpt(text: str, query: str, language: str | None, mark: Callable[[str], str], length: int = 60) -> str:
-    """The stretch of `length` words that holds most of the query's words, on one line, with those words marked."""
-    wanted, split = set(words(language)(query)), words(language)
-    text = " ".join(text.split())
-    spans = [(found.start(), found.end(), bool(wanted & set(split(found[0])))) for found in WORD.finditer(text)]
-    if not spans:
-        return text[: 8 * length]
-    hits = np.concatenate([[0], np.cumsum([hit for _, _, hit in spans])])
-    starts = np.arange(max(len(spans) - length, 0) + 1)
-    first = int(np.argmax(hits[np.minimum(starts + length, len(spans))] - hits[starts]))
-    last = min(first + length, len(spans))
-    begin, end = (spans[first][0] if first else 0), (spans[last - 1][1] if last < len(spans) else len(text))
-    shown, at = "… " if first else "", begin
-    for start, stop, hit in spans[first:last]:
-        shown += text[at:start] + (mark(text[start:stop]) if hit else text[start:stop])
-        at = stop
-    return shown + text[at:end] + (" …" if last < len(spans) else "")
-
-
-# --- past one machine
-
-
-def encode_with_ray(encoder: str | Path, corpus: Any, folder: str | Path, *, workers: int = 1, gpus: float = 0, batch_size: int = 64) -> Any:
-    """A Ray dataset of id, title, text and vector: a map over the corpus, with the encoder loaded once in each of `workers` processes.
-
-    encoder: a name or a folder that every machine can read. folder: new, and one that every machine can read: the corpus is laid there as parquet.
-    The rows (`.iter_rows()`) go into `QdrantIndex.add` as they come, or the dataset to disk with `.write_parquet(...)`.
-    """
-    import pyarrow as pa
-    import pyarrow.parquet as parquet
-
-    from wellread.folders import new_folder
-
-    data = optional("ray.data", "scale")
-    _encoder(encoder)  # refused here, not in the workers
-
-    class Encode:
-        def __init__(self) -> None:
-            self.network = _encoder(encoder)[0]
-
-        def __call__(self, batch: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
-            texts = [_whole(title, text) for title, text in zip(batch["title"], batch["text"], strict=True)]
-            return {**batch, "vector": encode(self.network, texts, batch_size)}
-
-    with new_folder(folder) as place:
-        passages = (passage for passage in documents.rows(documents.corpus(corpus)) if passage.text or passage.title)
-        for number, block in enumerate(iter(lambda: list(islice(passages, 16 * CHUNK)), [])):
-            parquet.write_table(pa.Table.from_pylist([passage._asdict() for passage in block]), place / f"{number:06}.parquet", row_group_size=CHUNK)
-    return data.read_parquet(str(Path(folder).resolve())).map_batches(
-        Encode, compute=data.ActorPoolStrategy(size=workers), num_gpus=gpus, batch_size=CHUNK
-    )
-
-
-class QdrantIndex:
-    """The same search over a Qdrant server, for more passages than one machine holds. Dense only.
-
-    location: a server's address, a folder (Qdrant's local mode), or ":memory:". The collection's name carries the encoder's fingerprint.
-    """
-
-    def __init__(
-        self, encoder: Network | str | Path, location: str = ":memory:", *, name: str = "passages", score: Literal["cosine", "dot"] = "cosine"
-    ) -> None:
-        qdrant = optional("qdrant_client", "scale")
-        self.network, noted = _encoder(encoder)
-        self.models = qdrant.models
-        if location == ":memory:" or "://" in location:
-            self.client = qdrant.QdrantClient(location)
-        else:
-            self.client = qdrant.QdrantClient(path=location)
-        self.collection = f"{name}-{noted['fingerprint'][:16]}"
-        others = [each.name for each in self.client.get_collections().collections if re.fullmatch(rf"{re.escape(name)}-[0-9a-f]{{16}}", each.name)]
-        if others and self.collection not in others:
-            raise BadInput(
-                f"{location} holds {name!r} of another encoder ({others[0]}), whose vectors cannot be compared: give that one, or another name"
-            )
-        if not others:
-            size = int(encode(self.network, ["a sentence"], 1).shape[1])
-            distance = self.models.Distance.COSINE if score == "cosine" else self.models.Distance.DOT
-            self.client.create_collection(self.collection, vectors_config=self.models.VectorParams(size=size, distance=distance, on_disk=True))
-
-    def __len__(self) -> int:
-        return self.client.count(self.collection, exact=True).count
-
-    def add(self, corpus: Any, *, batch_size: int = 64) -> None:
-        """Add passages, in place of those with the same id. Rows that carry a "vector" (of `encode_with_ray`) are not encoded again."""
-        given: Iterable[Mapping[str, Any]] = corpus if _is_rows(corpus) else (each._asdict() for each in documents.rows(documents.corpus(corpus)))
-        block: list[Mapping[str, Any]] = []
-        for row in runtime.track(given, "encoding passages"):
-            if row.get("text") or row.get("title"):
-                block.append(row)
-            if len(block) == CHUNK:
-                self._upsert(block, batch_size)
-                block = []
-        if block:
-            self._upsert(block, batch_size)
-
-    def _upsert(self, block: list[Mapping[str, Any]], batch_size: int) -> None:
-        if all("vector" in row for row in block):
-            vectors = np.stack([np.asarray(row["vector"], np.float32) for row in block])
-        else:
-            vectors = encode(self.network, [_whole(row.get("title") or "", row.get("text") or "") for row in block], batch_size)
-        payloads = [{"id": str(row["id"]), "title": row.get("title") or "", "text": row.get("text") or ""} for row in block]
-        points = [self.models.PointStruct(id=_point(p["id"]), vector=v.tolist(), payload=p) for p, v in zip(payloads, vectors, strict=True)]
-        self.client.upsert(self.collection, points)
-
-    def delete(self, ids: Iterable[str]) -> None:
-        self.client.delete(self.collection, [_point(each) for each in ids])
-
-    def search(self, texts: str | Sequence[str], k: int = 10) -> Any:
-        """The `k` best passages, as `Index.search` gives them."""
-        several = [texts] if isinstance(texts, str) else list(texts)
-        if not several or not all(text.strip() for text in several):
-            raise BadInput("a query is empty: give some words")
-        requests = [self.models.QueryRequest(query=v.tolist(), limit=k, with_payload=True) for v in encode(self.network, several)]
-        found = [
-            [Hit(p.payload["id"], p.score, p.payload["title"], p.payload["text"], {"dense": place}) for place, p in enumerate(answer.points, 1)]
-            for answer in self.client.query_batch_points(self.collection, requests)
-        ]
-        return found[0] if isinstance(texts, str) else found
-
-
-def _point(name: str) -> str:
-    """Qdrant's ids are numbers or UUIDs."""
-    return str(uuid.UUID(bytes=hashlib.sha256(name.encode()).digest()[:16]))

@@ -53,8 +53,7 @@ def measure(run: Run, judgements: Judgements, measures: Sequence[str] = MEASURES
             raise BadInput(f"the grade of document {wrong!r} for query {query!r} is {grades[wrong]!r}: give whole numbers")
     judged = {query: {document: int(grade) for document, grade in grades.items()} for query, grades in judgements.items() if grades}
     # places instead of scores: every measure of ir_measures then sees the same order, whatever it does with equal scores
-    order = {query: ranked(run[query]) for query in judged if run.get(query)}
-    places = {query: {document: float(len(found) - place) for place, document in enumerate(found)} for query, found in order.items()}
+    places = {query: {document: -float(place) for place, document in enumerate(ranked(run[query]))} for query in judged if run.get(query)}
     names = _parsed(ir, measures)
     per_query: dict[str, dict[str, float]] = {name: dict.fromkeys(judged, 0.0) for name in measures}
     try:
@@ -62,8 +61,7 @@ def measure(run: Run, judgements: Judgements, measures: Sequence[str] = MEASURES
             per_query[names[each.measure]][each.query_id] = float(each.value)
     except ValueError as failed:
         raise BadInput(f"ir_measures cannot compute this here: {failed}") from None
-    mean = {name: float(np.mean(list(values.values()))) for name, values in per_query.items()}
-    return Measured(mean, per_query, _unusual(run, judged, order))
+    return Measured({name: float(np.mean(list(each.values()))) for name, each in per_query.items()}, per_query, _unusual(run, judged, places))
 
 
 def _parsed(ir: Any, measures: Sequence[str]) -> dict[Any, str]:
@@ -144,8 +142,8 @@ def paired_p(differences: np.ndarray, test: Literal["randomisation", "t"] = "ran
     changed = differences[differences != 0]  # the sign of a zero changes nothing
     least = abs(changed.sum()) - 1e-9 * np.abs(changed).sum()  # sums that differ by rounding only are equal
     if 2 ** len(changed) <= resamples:
-        signs = 1 - 2 * (np.arange(2 ** len(changed))[:, None] >> np.arange(len(changed)) & 1)
-        return float(np.mean(np.abs(signs @ changed) >= least))
+        every = 1 - 2 * (np.arange(2 ** len(changed))[:, None] >> np.arange(len(changed)) & 1)
+        return float(np.mean(np.abs(every @ changed) >= least))
     rng, beyond, rows = np.random.default_rng(seed), 1, 1 + 2**20 // len(changed)  # 1: the differences as they came are one of the ways
     for start in range(0, resamples, rows):
         signs = 2.0 * rng.integers(0, 2, (min(rows, resamples - start), len(changed)), np.int8) - 1
