@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -19,6 +18,7 @@ from wellread.errors import BadInput
 from wellread.method import method
 from wellread.network import Network
 from wellread.results import Report
+from wellread.scaling_law import average_parameters
 from wellread.structure import masks
 from wellread.train import History, fit
 
@@ -100,132 +100,12 @@ def plan(
     return Plan(total, first, last, sparsity, shape, max(1, total // events))
 
 
-# --- the law
-
-
-@dataclass(frozen=True)
-class Law:
-    """loss = E + A / N^alpha + B / D^beta: N the average number of live parameters, D tokens, in nats per token."""
-
-    E: float
-    A: float
-    B: float
-    alpha: float
-    beta: float
-    parameters: tuple[float, float] = (0.0, math.inf)  # range of N that was fitted
-    tokens: tuple[float, float] = (0.0, math.inf)
-
-    def loss(self, average_parameters: float, tokens: float) -> float:
-        return float(self.E + self.A / average_parameters**self.alpha + self.B / tokens**self.beta)
-
-    def extrapolates(self, average_parameters: float, tokens: float) -> bool:
-        inside = self.parameters[0] <= average_parameters <= self.parameters[1] and self.tokens[0] <= tokens <= self.tokens[1]
-        return not inside
-
-
-@dataclass(frozen=True)
-class Fit:
-    """A law, 90 % intervals of its constants from resampled runs, the root mean square error of log loss, and how far it is determined."""
-
-    law: Law
-    intervals: dict[str, tuple[float, float]]
-    error: float
-    condition: float  # of the fit's Jacobian, columns at unit length; above 1e3 the constants are not determined, predictions may still be
-
-
-def average_parameters(trajectory: Sequence[float], tokens: Sequence[float] | None = None, *, nested: bool = True) -> float:
-    """Mean number of live parameters over the training tokens; tokens of each entry, equal when left out. Raises `BadInput` if it grows."""
-    counts = np.asarray(trajectory, float)
-    if nested and (np.diff(counts) > 0).any():
-        raise BadInput(f"the number of parameters grows at entry {int((np.diff(counts) > 0).argmax()) + 1}: nested masks can only lose weights")
-    return float(np.average(counts, weights=None if tokens is None else np.asarray(tokens, float)))
-
-
-def fit_law(
-    runs: Sequence[Mapping[str, float]], *, alpha: float | None = None, beta: float | None = None, delta: float = 1e-3, resamples: int = 40,
-    seed: int = 0,
-) -> Fit:  # fmt: skip
-    """The law of a table of runs, each with `parameters` (average, live), `tokens` and `loss`.
-
-    Least Huber loss (beyond `delta`) of log loss, from several starts, as Hoffmann et al. fit theirs. alpha, beta: given instead of fitted.
-    Raises `BadInput` with fewer than 8 runs and no given exponents, fewer runs than constants, missing columns, losses that are not positive,
-    or runs that all have the same size or the same tokens.
-    """
-    from scipy.optimize import least_squares
-
-    table = _table(runs)
-    free = 5 - (alpha is not None) - (beta is not None)
-    if len(table) < (8 if free > 3 else free):
-        raise BadInput(f"{len(table)} runs cannot determine {free} constants: give 8 runs, or fix alpha and beta and give {min(free, 3)}")
-    for column, what in ((0, "average parameters"), (1, "tokens")):
-        if len(np.unique(table[:, column])) < 2:
-            raise BadInput(f"all runs have the same {what}, so that what they do cannot be seen: add runs with others")
-    logs = np.log(table)
-    middle = logs[:, :2].mean(0)
-    level = float(np.exp(logs[:, 2].mean()))
-    given = [alpha, beta]
-
-    def constants(x: np.ndarray) -> tuple[np.ndarray, list[float]]:
-        """Logs of the three terms at the middle of the runs, and the two exponents."""
-        exponents, rest = [], list(x[3:])
-        for fixed in given:
-            exponents.append(fixed if fixed is not None else float(np.exp(rest.pop(0))))
-        return x[:3], exponents
-
-    def misses(x: np.ndarray, rows: np.ndarray) -> np.ndarray:
-        (e, a, b), (first, second) = constants(x)
-        n, d = (rows[:, column] - middle[column] for column in (0, 1))
-        return np.logaddexp(np.logaddexp(e, a - first * n), b - second * d) - rows[:, 2]
-
-    def solve(x: np.ndarray, rows: np.ndarray) -> Any:
-        bounds = ([math.log(level) - 14] * 3 + [math.log(0.02)] * (free - 3), [math.log(level) + 1] * 3 + [math.log(3.0)] * (free - 3))
-        return least_squares(misses, x, args=(rows,), loss="huber", f_scale=delta, bounds=bounds, xtol=1e-14, ftol=1e-14, gtol=1e-14, max_nfev=400)
-
-    starts = [
-        np.log([share * level, (1 - share) / 2 * level, (1 - share) / 2 * level, *[exponent] * (free - 3)])
-        for share in (0.3, 0.6, 0.9) for exponent in (0.15, 0.4, 1.0)
-    ]  # fmt: skip
-    best = min((solve(x, logs) for x in starts), key=lambda each: each.cost)
-    random = np.random.default_rng(seed)
-
-    def law(x: np.ndarray) -> Law:
-        (e, a, b), (first, second) = constants(x)
-        ranges = [(float(column.min()), float(column.max())) for column in table[:, :2].T]
-        return Law(math.exp(e), math.exp(a + first * middle[0]), math.exp(b + second * middle[1]), first, second, *ranges)
-
-    drawn = [law(solve(best.x, logs[random.integers(len(logs), size=len(logs))]).x) for _ in range(resamples)]
-    names = ("E", "A", "B", "alpha", "beta")
-    intervals = {name: _interval([getattr(each, name) for each in drawn]) for name in names} if drawn else {}
-    columns = best.jac / np.maximum(np.linalg.norm(best.jac, axis=0), 1e-300)
-    return Fit(law(best.x), intervals, float(np.sqrt((misses(best.x, logs) ** 2).mean())), float(np.linalg.cond(columns)))
-
-
-def _interval(values: list[float]) -> tuple[float, float]:
-    low, high = np.quantile(values, [0.05, 0.95])
-    return float(low), float(high)
-
-
-def _table(runs: Sequence[Mapping[str, float]]) -> np.ndarray:
-    """[runs, (parameters, tokens, loss)]"""
-    names = ("parameters", "tokens", "loss")
-    for row, run in enumerate(runs):
-        if missing := next((name for name in names if name not in run), None):
-            raise BadInput(f"run {row} has no column {missing!r}: give parameters, tokens and loss")
-        if wrong := next((name for name in names if not 0 < float(run[name]) < math.inf), None):
-            raise BadInput(f"{wrong} of run {row} is {run[wrong]}: give a number above 0")
-    return np.asarray([[float(run[name]) for name in names] for run in runs]).reshape(-1, 3)
-
-
-def predict(law: Law, trajectory: Sequence[float], tokens: float) -> tuple[float, bool]:
-    """The loss after `tokens` of training with these live parameters over time, and whether that is outside the fitted runs."""
-    average = average_parameters(trajectory)
-    return law.loss(average, tokens), law.extrapolates(average, tokens)
-
-
 # --- training
 
 
-def train_sparse(network: Network, batches: Batches, schedule: Plan, *, across: bool = False, learning_rate: float, seed: int, **options: Any) -> History:
+def train_sparse(
+    network: Network, batches: Batches, schedule: Plan, *, across: bool = False, learning_rate: float, seed: int, **options: Any
+) -> History:
     """Train a network with masks in place, letting them grow as the schedule says. Steps are counted in a buffer, so a resumed run knows where it is.
 
     Moments of weights that are cut fade behind their mask: their gradient is zero from then on.
@@ -303,6 +183,7 @@ def sparse_scaling(
     schedule = plan(sparsity, steps=epochs * len(batches), start=start, end=end, shape=shape, events=events)
     made = sp.sparse(network, 0.0, layers=layers)
     whole = sp.active(made)
+    fixed = sp.training_flops(made, context) - 6 * whole  # attention and head cost the same all along
     history = train_sparse(made, batches, schedule, across=across, learning_rate=learning_rate, seed=seed, weight_decay=weight_decay)
     for path, mask in masks(made.module).items():  # the record of the edit says what the masks hold at the end
         made.edits[-1]["layers"][path] = mask.keep.numel() - int(mask.keep.sum())
@@ -310,7 +191,6 @@ def sparse_scaling(
     live = [count + whole - masked for count in history.logs["live weights"]]
     tokens = batches.rows * context * epochs
     average = average_parameters(live)
-    fixed = sp.training_flops(network, context) - 6 * whole  # attention and head cost the same all along
     figures: dict[str, Any] = {
         "live weights at the end": sp.active(made),
         "average live weights": average,
@@ -320,8 +200,10 @@ def sparse_scaling(
         "loss of the last 1 % of the steps": float(np.mean(history.loss[-max(1, len(history.loss) // 100) :])),
         "seconds": history.seconds,
     }
-    if judged is not None:
-        figures["held-out nats per token"] = sp.language_loss(made, judged)
+    made.measured = []
+    if judged is not None and held_out is not None:
+        figures["held-out nats per token"] = loss = sp.language_loss(made, judged)
+        made.measured = [{"data": name_of(held_out), "rows": len(held_out), "metrics": {"nats_per_token": loss}}]
     row = {"parameters": average, "tokens": tokens, "loss": figures.get("held-out nats per token", figures["loss of the last 1 % of the steps"])}
     starved = sp.starved(made)
     made.reports["sparse_scaling"] = Report(
@@ -332,9 +214,13 @@ def sparse_scaling(
             "run, a row for fit_law": [row],
             "trajectory": [{"step": at, "live weights": live[at]} for at in range(0, len(live), max(1, len(live) // 100))],
         },
-        text="Operations are counted as if zeros cost nothing; here a masked product takes as long as a dense one. By the paper's rule the loss is that of "
-        f"a dense network with {average:,.0f} such weights trained on as many tokens." + (f" It is measured on {name_of(held_out)}." if held_out else ""),
-        pictures={"live weights": line_chart({"live weights": live}, x="step", y="weights"), "loss": line_chart({"loss": history.loss}, x="step", y="nats per token", smooth=9)},
+        text="Operations are counted as if zeros cost nothing; here a masked product takes as long as a dense one. By the paper's rule the loss is that "
+        f"of a dense network with {average:,.0f} such weights trained on as many tokens."
+        + (f" It is measured on {name_of(held_out)}." if held_out is not None else ""),
+        pictures={
+            "live weights": line_chart({"live weights": live}, x="step", y="weights"),
+            "loss": line_chart({"loss": history.loss}, x="step", y="nats per token", smooth=9),
+        },
         warnings=[f"{len(starved)} layers have fewer live weights than outputs (first: {starved[0]}): take less sparsity"] if starved else [],
     )
     return made
