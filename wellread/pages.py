@@ -21,6 +21,7 @@ a { color: #0b5cad; } nav { font-size: 14px; margin: 12px 0; } nav a { margin-ri
 table { border-collapse: collapse; font-size: 14px; margin: 10px 0; } .scroll { overflow-x: auto; }
 th, td { text-align: left; padding: 5px 14px 5px 0; border-bottom: 1px solid #e8ebee; vertical-align: top; }
 th { color: #56616b; font-weight: 600; overflow-wrap: normal; }
+td:first-child { overflow-wrap: break-word; }
 td.n, th.n { text-align: right; font-variant-numeric: tabular-nums; white-space: nowrap; }
 figure { margin: 14px 0; } figure > img { display: block; } img { max-width: 100%; }
 figcaption, .note, .key { font-size: 14px; color: #56616b; } .key img { vertical-align: middle; margin: 0 6px; }
