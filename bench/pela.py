@@ -9,11 +9,8 @@ are fine-tuned on a few pairs. --quick tries it out on few sentences and records
 
 from __future__ import annotations
 
-import csv
-import os
 import sys
 import warnings
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -24,10 +21,12 @@ from torch import Tensor, nn
 
 import wellread
 from bench.harness import Expect, Noted, record
+from bench.sentence_pairs import sick, stsb
 from wellread import Network, meter
 from wellread.batches import Batches
 from wellread.compress.pela import blocks, distil, feature_error, low_rank_start, pela, ratio_rank
-from wellread.data import as_data
+from wellread.data import as_data, subset
+from wellread.elastic.starbucks import cosent
 from wellread.evaluate import predict
 from wellread.ranks import find_layers
 from wellread.structure import layer_of
@@ -50,34 +49,23 @@ EXPECTS = [
     Expect("the layers hold at most a half and a third of their parameters", "max(over_ratio)", 0.0, at_least=False),
 ]  # fmt: skip
 
-Pairs = tuple[list[str], list[str], np.ndarray]
+
+def few(pairs: Dataset, count: int) -> Dataset:
+    return subset(pairs, np.random.default_rng(0).permutation(len(pairs))[:count])
 
 
-def sick(part: str) -> Pairs:
-    with (Path(os.environ["WELLREAD_DATA"]) / "sick" / f"SICK_{part}.txt").open(encoding="utf-8") as file:
-        rows = list(csv.DictReader(file, delimiter="\t", quoting=csv.QUOTE_NONE))
-    return [row["sentence_A"] for row in rows], [row["sentence_B"] for row in rows], np.array([float(row["relatedness_score"]) for row in rows])
+def texts(pairs: Dataset) -> set[str]:
+    return {*pairs["sentence1"], *pairs["sentence2"]}
 
 
-def stsb() -> Pairs:
-    with (Path(os.environ["WELLREAD_DATA"]) / "stsb" / "en-test.csv").open(encoding="utf-8", newline="") as file:
-        rows = [row for row in csv.reader(file) if len(row) == 3]
-    return [row[0] for row in rows], [row[1] for row in rows], np.array([float(row[2]) for row in rows])
-
-
-def few(pairs: Pairs, count: int) -> Pairs:
-    rows = np.random.default_rng(0).permutation(len(pairs[0]))[:count]
-    return [pairs[0][i] for i in rows], [pairs[1][i] for i in rows], pairs[2][rows]
-
-
-def similarity(network: Network, pairs: Pairs) -> float:
+def similarity(network: Network, pairs: Dataset) -> float:
     """Spearman's correlation, times 100, of the cosine of two embeddings with what people said."""
-    sentences = sorted({*pairs[0], *pairs[1]}, key=len)  # sentences of one length in a batch
+    sentences = sorted(texts(pairs), key=len)  # sentences of one length in a batch
     found = predict(network, as_data(sentences))
     found /= np.linalg.norm(found, axis=1, keepdims=True)
     place = {sentence: i for i, sentence in enumerate(sentences)}
-    cosine = [float(found[place[a]] @ found[place[b]]) for a, b in zip(pairs[0], pairs[1], strict=True)]
-    return 100 * float(spearmanr(cosine, pairs[2])[0])
+    cosine = [float(found[place[a]] @ found[place[b]]) for a, b in zip(pairs["sentence1"], pairs["sentence2"], strict=True)]
+    return 100 * float(spearmanr(cosine, pairs["score"])[0])
 
 
 def random_factors(student: Network, layers: list[Any], seed: int) -> Network:
@@ -93,22 +81,20 @@ def random_factors(student: Network, layers: list[Any], seed: int) -> Network:
     return other
 
 
-def tuned(network: Network, pairs: Pairs, seed: int) -> Network:
-    """Fine-tuned with CoSENT: every pair that people find more similar shall have the larger cosine, at a scale of 20."""
+def tuned(network: Network, pairs: Dataset, seed: int) -> Network:
+    """Fine-tuned with CoSENT."""
     made = network.copy()
-    scores = torch.from_numpy(pairs[2])
+    sides, scores = (list(pairs["sentence1"]), list(pairs["sentence2"])), torch.tensor(list(pairs["score"]))
 
     def get(rows: np.ndarray) -> dict[str, Any]:
         assert made.input is not None
-        return {"inputs": made.input([pairs[side][row] for side in (0, 1) for row in rows]), "score": scores[torch.from_numpy(rows)]}
+        return {"inputs": made.input([sides[side][row] for side in (0, 1) for row in rows]), "score": scores[torch.from_numpy(rows)]}
 
     def step(_: nn.Module, batch: dict[str, Any]) -> Tensor:
         first, second = nn.functional.normalize(made(batch["inputs"]), dim=1).chunk(2)
-        cosine = 20 * (first * second).sum(1)
-        wrong = (cosine[None, :] - cosine[:, None])[batch["score"][:, None] > batch["score"][None, :]]  # by how much the less similar pair is ahead
-        return torch.cat([wrong.new_zeros(1), wrong]).logsumexp(0)
+        return cosent((first * second).sum(1), batch["score"])
 
-    batches = Batches(len(pairs[0]), get, batch_size=16, shuffle=True, seed=seed)
+    batches = Batches(len(pairs), get, batch_size=16, shuffle=True, seed=seed)
     fit(made.module, batches, step, epochs=1, learning_rate=5e-5, warmup=0.1, seed=seed, name="fine-tuning on pairs")
     return made
 
@@ -118,8 +104,8 @@ def main() -> None:
     note = figures = Noted()
     tests = {"sick": few(sick("test_annotated"), PAIRS), "stsb": few(stsb(), PAIRS)}
     pairs = sick("train")
-    sentences = sorted({*pairs[0], *pairs[1]} - {*tests["sick"][0], *tests["sick"][1]})
-    held_out = as_data(sorted({*tests["stsb"][0]}, key=len)[: 10 if QUICK else 200])
+    sentences = sorted(texts(pairs) - texts(tests["sick"]))
+    held_out = as_data(sorted({*tests["stsb"]["sentence1"]}, key=len)[: 10 if QUICK else 200])
     original = wellread.load("minilm-l6")
 
     def judged(name: str, network: Network) -> None:

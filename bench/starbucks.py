@@ -9,11 +9,8 @@ layer and length in each step); Starbucks, with and without learning from the fu
 
 from __future__ import annotations
 
-import csv
-import os
 import sys
 import tempfile
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -21,9 +18,10 @@ from datasets import Dataset
 from torch import Tensor, nn
 
 from bench.harness import Expect, Noted, record
+from bench.sentence_pairs import sick, stsb
 from wellread import Network, load
-from wellread.data import rename, subset
-from wellread.elastic.starbucks import check_pairs, encoder, pair_batches, parse_sizes, size_name, spearman, starbucks_loss, sub_network
+from wellread.data import subset
+from wellread.elastic.starbucks import encoder, pair_batches, parse_sizes, size_name, spearman, starbucks_loss, sub_network
 from wellread.train import fit
 
 QUICK = "--quick" in sys.argv
@@ -39,25 +37,6 @@ EXPECTS = [
     Expect("it is at most 1.5 points below encoders trained for one size each", "starbucks - alone", -1.5),
     Expect("the full size loses at most one point against ordinary fine-tuning", "starbucks_full - alone_full", -1.0),
 ]
-
-
-def sick(part: str) -> Dataset:
-    """SICK's pairs; its relatedness is 1 to 5."""
-    with open(Path(os.environ["WELLREAD_DATA"]) / "sick" / f"SICK_{part}.txt", newline="", encoding="utf-8") as file:
-        rows = list(csv.DictReader(file, delimiter="\t"))
-    return table([(row["sentence_A"], row["sentence_B"], row["relatedness_score"]) for row in rows], f"SICK {part}")
-
-
-def stsb() -> Dataset:
-    with open(Path(os.environ["WELLREAD_DATA"]) / "stsb" / "en-test.csv", newline="", encoding="utf-8") as file:
-        return table([(row[0], row[1], row[2]) for row in csv.reader(file)], "STS-B test")
-
-
-def table(rows: list[tuple[str, str, str]], name: str) -> Dataset:
-    first, second, score = zip(*rows, strict=True)
-    made = rename(Dataset.from_dict({"sentence1": first, "sentence2": second, "score": [float(each) for each in score]}), name)
-    check_pairs(made, True, name)
-    return made
 
 
 def tuned(start: Network, train: Dataset, names: list[str], kl: Any, seed: int) -> Network:

@@ -17,6 +17,8 @@ from torch.nn import functional as F
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from torch.utils.checkpoint import checkpoint
 
+AT_ONCE = 64  # texts that are encoded together in training; larger batches go in parts and cost no more memory
+
 
 def in_batch(
     queries: Tensor, documents: Tensor, *, temperature: float = 0.05, cosine: bool = True, same: Tensor | None = None, first: int = 0
@@ -91,11 +93,13 @@ def momentum_copy(module: nn.Module, momentum: float) -> AveragedModel:
     return copy.requires_grad_(False)
 
 
-def in_chunks(encode: Callable[[Any], Tensor], inputs: Tensor | Mapping[str, Tensor], size: int) -> Tensor:
-    """`encode(inputs)` [B, d] in chunks of `size` rows, each computed again in the backward pass.
+def in_chunks(encode: Callable[[Any], Tensor], inputs: Tensor | Mapping[str, Tensor], size: int | None = None) -> Tensor:
+    """`encode(inputs)` [B, d] in chunks of `size` rows (None: 64), each computed again in the backward pass.
 
     Gradients are those of the whole batch, memory is that of one chunk: how a large batch of negatives fits (Gao et al. 2021, arXiv 2101.06983).
     """
+
+    size = size or AT_ONCE
 
     def part(start: int) -> Any:
         if isinstance(inputs, Mapping):

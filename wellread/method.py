@@ -21,7 +21,7 @@ from datasets import Dataset
 
 from wellread.data import Needs, as_data, check, class_names, duplicates, fingerprint, name_of
 from wellread.errors import BadInput
-from wellread.inputs import input_config
+from wellread.inputs import TextInput, input_config
 from wellread.lineage import merged, step
 from wellread.network import Network, Networks, as_network
 
@@ -263,6 +263,13 @@ def _with_lineage(
     elif hasattr(result, "made_by"):
         result.made_by = made
     return result
+
+
+def sentence_input(network: Network) -> TextInput:
+    """How a sentence encoder is fed. Raises `BadInput` for a network that gives no embeddings of text."""
+    if network.output != "embedding" or not isinstance(network.input, TextInput):
+        raise BadInput("a sentence encoder is needed, with its tokenizer: give minilm-l6, hf/NAME of an encoder, or the folder of one")
+    return network.input
 
 
 def known_classes(network: Network, data: Dataset, argument: str = "the data") -> None:

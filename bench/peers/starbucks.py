@@ -22,7 +22,7 @@ from datasets import Dataset
 from torch import Tensor, nn
 
 from bench.harness import Expect, record_peer
-from bench.starbucks import sick
+from bench.sentence_pairs import sick
 from wellread import Network, load, runtime
 from wellread.data import subset
 from wellread.elastic.starbucks import Size, encoder, pair_batches, parse_sizes, size_name, spearman, starbucks_loss

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import itertools
 import math
-import subprocess
-import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -277,7 +276,7 @@ def test_large_batches_in_parts_are_the_same_batch(network: Network, monkeypatch
     batch = next(view_batches(network.input, parts, steps=1, batch_size=8).epoch(0))
     gradients = []
     for at_once in (64, 3):
-        monkeypatch.setattr(sys.modules["wellread.retrieve.contriever"], "AT_ONCE", at_once)
+        monkeypatch.setattr("wellread.contrastive.AT_ONCE", at_once)
         copy = network.copy()
         loss = Contrast(copy.module, 24, queue=0).eval()(batch["queries"], batch["keys"], batch["owner"])
         loss.backward()
@@ -365,19 +364,10 @@ def test_the_same_seed_gives_the_same_encoder(network: Network) -> None:
     assert first == second != other
 
 
-def test_the_command_and_another_process(tmp_path: Path) -> None:
+def test_the_command_and_another_process(tmp_path: Path, same_in_another_process: Callable[..., None]) -> None:
     words = [word for name, value in example(tmp_path).items() for word in (f"--{name.replace('_', '-')}", str(value))]
     assert main(["run", "contriever", *words, "--out", str(tmp_path / "out"), "--quiet"]) == 0
-    made_of = wellread.load(tmp_path / "out")
-    torch.save(made_of(made_of.input(["w1 w2", "w3"])).detach(), tmp_path / "output.pt")
-    code = (
-        "import sys, torch, wellread\n"
-        "network = wellread.load(sys.argv[1] + '/out')\n"
-        "assert torch.equal(network(network.input(['w1 w2', 'w3'])), torch.load(sys.argv[1] + '/output.pt', weights_only=True))\n"
-        "assert network.reports['contriever'].figures['chunks'] == 36\n"
-    )
-    done = subprocess.run([sys.executable, "-c", code, str(tmp_path)], capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
+    same_in_another_process(["w1 w2", "w3"], "contriever", "chunks", 36)
 
 
 def test_a_loss_that_is_not_finite_stops_the_run(network: Network) -> None:

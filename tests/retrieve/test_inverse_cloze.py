@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import math
-import subprocess
-import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -274,19 +273,10 @@ def test_the_same_seed_gives_the_same_encoder(network: Network) -> None:
     assert first == second != other
 
 
-def test_the_command_and_another_process(tmp_path: Path) -> None:
+def test_the_command_and_another_process(tmp_path: Path, same_in_another_process: Callable[..., None]) -> None:
     words = [word for name, value in example(tmp_path).items() for word in (f"--{name.replace('_', '-')}", str(value))]
     assert main(["run", "inverse-cloze", *words, "--tasks", "ict", "--out", str(tmp_path / "out"), "--quiet"]) == 0
-    made_of = wellread.load(tmp_path / "out")
-    torch.save(made_of(made_of.input(["word1 word2", "word3"])).detach(), tmp_path / "output.pt")
-    code = (
-        "import sys, torch, wellread\n"
-        "network = wellread.load(sys.argv[1] + '/out')\n"
-        "assert torch.equal(network(network.input(['word1 word2', 'word3'])), torch.load(sys.argv[1] + '/output.pt', weights_only=True))\n"
-        "assert network.reports['inverse_cloze'].figures['documents'] == 18\n"
-    )
-    done = subprocess.run([sys.executable, "-c", code, str(tmp_path)], capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
+    same_in_another_process(["word1 word2", "word3"], "inverse_cloze", "documents", 18)
 
 
 # --- bad input

@@ -27,14 +27,11 @@ from wellread.data import Corpus, name_of
 from wellread.documents import rows
 from wellread.errors import BadInput
 from wellread.inputs import TextInput
-from wellread.method import method
+from wellread.method import method, sentence_input
 from wellread.network import Network
 from wellread.results import Report
-from wellread.retrieve.spans import Score, can_judge, cautions, held_out, judged, owner, whole
+from wellread.retrieve.spans import Score, can_judge, cautions, found_by_spans, held_out, owner, whole
 from wellread.train import History, fit
-
-AT_ONCE = 64  # texts that are encoded together in training; larger batches go in parts and cost no more memory
-
 
 # --- two views of a chunk
 
@@ -181,17 +178,17 @@ class Contrast(nn.Module):
 
     def forward(self, queries: dict[str, Tensor], keys: dict[str, Tensor], owner: Tensor) -> Tensor:
         """A scalar. queries, keys: token tensors [B, T]; owner: int64 [B], chunks of one owner do not count as negatives of each other."""
-        found = in_chunks(lambda tokens: self.encoder(**tokens), queries, AT_ONCE)
+        found = in_chunks(lambda tokens: self.encoder(**tokens), queries)
         owners = gathered(owner[:, None])[0][:, 0]
         slow = self.slow
         if self.queue is None or slow is None:
-            theirs, first = gathered(in_chunks(lambda tokens: self.encoder(**tokens), keys, AT_ONCE))
+            theirs, first = gathered(in_chunks(lambda tokens: self.encoder(**tokens), keys))
             same = owner[:, None] == owners[None]
             return in_batch(found, theirs, same=same, first=first, **self.scored)
         with torch.no_grad():
             if self.training:
                 slow.update_parameters(self.encoder)
-            theirs = in_chunks(lambda tokens: slow(**tokens), keys, AT_ONCE)
+            theirs = in_chunks(lambda tokens: slow(**tokens), keys)
         loss = against_queue(found, theirs, self.queue, owner, **self.scored)
         if self.training:
             self.queue.put(gathered(theirs)[0], owners)
@@ -211,14 +208,6 @@ def learn(
     optimizer = partial(torch.optim.AdamW, betas=(0.9, 0.98), eps=1e-6, weight_decay=0.01)
     history = fit(contrast, batches, step, epochs=1, learning_rate=learning_rate, optimizer=optimizer, warmup=0.1, seed=seed, name="contriever")
     return result, history
-
-
-def _check(encoder: Network, settings: dict[str, tuple[bool, str]]) -> None:
-    if not isinstance(encoder.input, TextInput) or encoder.output != "embedding":
-        raise BadInput("a sentence encoder is needed, with its tokenizer: give minilm-l6, hf/NAME of an encoder, or the folder of one")
-    for name, (right, sentence) in settings.items():
-        if not right:
-            raise BadInput(f"{name} {sentence}")
 
 
 @method
@@ -269,25 +258,24 @@ def contriever(
     outside 0...1; Diverged, with the last good weights kept, at a loss that is not finite.
     Source: Izacard et al. 2022, arXiv 2112.09118.
     """
-    _check(
-        encoder,
-        {
-            "steps": (steps >= 1, f"is {steps}: give at least 1"),
-            "batch_size": (batch_size >= 2, f"is {batch_size}: give at least 2, a pair is told apart from others"),
-            "queue": (queue == 0 or queue >= batch_size, f"is {queue} and a batch has {batch_size} keys: give at least as many, or 0 for the batch's own"),
-            "momentum": (0 <= momentum <= 1, f"is {momentum}: give a number from 0 to 1"),
-            "temperature": (0 < temperature < float("inf"), f"is {temperature}: give a number above 0"),
-            "longest_crop": (0 <= shortest_crop <= longest_crop <= 1, f"is {longest_crop} and shortest_crop {shortest_crop}: give shares of 1, in order"),
-            "delete": (0 <= delete < 1, f"is {delete}: give a share, at least 0 and below 1"),
-            "shortest": (2 <= shortest <= chunk_length, f"is {shortest}: give from 2 to chunk_length, {chunk_length}"),
-            "queries": (queries >= 0, f"is {queries}: give 0 or more"),
-        },
-    )
-    assert isinstance(encoder.input, TextInput)
+    source = sentence_input(encoder)
+    for right, sentence in (
+        (steps >= 1, f"steps is {steps}: give at least 1"),
+        (batch_size >= 2, f"batch_size is {batch_size}: give at least 2, a pair is told apart from others"),
+        (queue == 0 or queue >= batch_size, f"queue is {queue} and a batch has {batch_size} keys: give at least as many, or 0 for the batch's own"),
+        (0 <= momentum <= 1, f"momentum is {momentum}: give a number from 0 to 1"),
+        (0 < temperature < float("inf"), f"temperature is {temperature}: give a number above 0"),
+        (0 <= shortest_crop <= longest_crop <= 1, f"longest_crop is {longest_crop} and shortest_crop {shortest_crop}: give shares of 1, in order"),
+        (0 <= delete < 1, f"delete is {delete}: give a share, at least 0 and below 1"),
+        (2 <= shortest <= chunk_length, f"shortest is {shortest}: give from 2 to chunk_length, {chunk_length}"),
+        (queries >= 0, f"queries is {queries}: give 0 or more"),
+    ):
+        if not right:
+            raise BadInput(sentence)
     if queries:
         can_judge(language)
     training, asked, texts = held_out(corpus, count=queries, seed=seed)
-    parts = chunks(training, encoder.input.tokenizer, length=chunk_length, shortest=shortest, seed=seed)
+    parts = chunks(training, source.tokenizer, length=chunk_length, shortest=shortest, seed=seed)
     if len(np.unique(parts.owner)) < 2:
         raise BadInput(
             f"corpus has {'one document' if len(parts) else 'no text'} of {shortest} tokens or more ({parts.skipped} are shorter), and documents are told "
@@ -295,7 +283,7 @@ def contriever(
         )
     warned = cautions(corpus, parts.unknown, groups=True)
     batches = view_batches(
-        encoder.input, parts, steps=steps, batch_size=batch_size, shortest_crop=shortest_crop, longest_crop=longest_crop,
+        source, parts, steps=steps, batch_size=batch_size, shortest_crop=shortest_crop, longest_crop=longest_crop,
         delete=delete, group_power=group_power, seed=seed,
     )  # fmt: skip
     held = min(queue, max(len(parts), batch_size)) if queue else 0
@@ -310,13 +298,11 @@ def contriever(
         f"The encoder was trained for the {score} score: build the index with that. What the start had learned before, perhaps from labelled pairs, is part "
         "of every figure: the paper's claim is about a start that knew no pairs."
     )
-    tables = {}
     if len(asked):
-        table = tables["finding held-out documents from a span of them"] = judged(encoder, result, asked, texts, score=score, language=language)
         text += (
             f" The table: {len(asked)} spans looked for among {len(texts)} texts. A span shares its rare words with its document, which is kinder to BM25 "
             "than people's questions are."
         )
-        result.measured = [{"data": f"spans of {name_of(corpus)}", "rows": len(asked), "metrics": {"nDCG@10": table[2]["nDCG@10"]}}]
+    tables = found_by_spans(encoder, result, corpus, asked, texts, score=score, language=language)
     result.reports["contriever"] = Report("an encoder for these texts", figures, tables=tables, text=text, warnings=warned)
     return result

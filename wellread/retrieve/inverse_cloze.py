@@ -18,19 +18,18 @@ from torch import Tensor, nn
 
 from wellread.batches import Batches
 from wellread.contrastive import gathered, in_batch, in_chunks
-from wellread.data import Corpus, name_of
+from wellread.data import Corpus
 from wellread.documents import Passage, rows
 from wellread.errors import BadInput
 from wellread.inputs import TextInput
-from wellread.method import method
+from wellread.method import method, sentence_input
 from wellread.network import Network
 from wellread.results import Report
-from wellread.retrieve.spans import Score, can_judge, cautions, held_out, judged, owner, whole
+from wellread.retrieve.spans import Score, can_judge, cautions, found_by_spans, held_out, owner, whole
 from wellread.train import History, fit
 
 Task = Literal["ict", "bfs", "wlp"]
 Direction = Literal["in", "out", "both"]
-AT_ONCE = 64  # texts that are encoded together; larger batches go in parts and cost no more memory
 
 # --- sentences
 
@@ -207,7 +206,7 @@ def learn(
     result = encoder.copy()
 
     def step(module: nn.Module, batch: dict[str, Any]) -> Tensor:
-        queries, documents = (in_chunks(lambda tokens: module(**tokens), batch[side], AT_ONCE) for side in ("queries", "documents"))
+        queries, documents = (in_chunks(lambda tokens: module(**tokens), batch[side]) for side in ("queries", "documents"))
         documents, first = gathered(documents)
         theirs = gathered(batch["pages"])[0][:, 1]
         same = (batch["pages"][:, :, None] == theirs).any(1)
@@ -259,8 +258,7 @@ def inverse_cloze(
     Raises BadInput for a network that is no sentence encoder, a task that finds nothing in the corpus, and batches larger than the corpus has pages.
     Source: Chang et al. 2020, arXiv 2002.03932; there is no official code.
     """
-    if not isinstance(encoder.input, TextInput) or encoder.output != "embedding":
-        raise BadInput("a sentence encoder is needed, with its tokenizer: give minilm-l6, hf/NAME of an encoder, or the folder of one")
+    source = sentence_input(encoder)
     for right, sentence in (
         (steps >= 1, f"steps is {steps}: give at least 1"),
         (batch_size >= 2, f"batch_size is {batch_size}: give at least 2, a pair is told apart from others"),
@@ -286,7 +284,7 @@ def inverse_cloze(
         raise BadInput(f"batch_size is {batch_size} and the corpus has {len(pages)} documents to train on: give fewer than that, or more documents")
     warned = cautions(corpus)
     batches = pair_batches(
-        encoder.input, pages, chosen, steps=steps, batch_size=batch_size, keep_sentence=keep_sentence, query_tokens=query_tokens,
+        source, pages, chosen, steps=steps, batch_size=batch_size, keep_sentence=keep_sentence, query_tokens=query_tokens,
         passage_tokens=passage_tokens, seed=seed,
     )  # fmt: skip
     result, history = learn(encoder, batches, temperature=temperature, score=score, learning_rate=learning_rate, seed=seed)
@@ -304,9 +302,7 @@ def inverse_cloze(
     some = [pages.draw(task, int(random.integers(len(pages.pairs[task]))), random, 0.0) for task in chosen for _ in range(3)]
     shown = [{"task": each.task, "query": each.query[:160], "document": each.document[:160], "from row": each.query_row} for each in some]
     tables: dict[str, list[dict[str, Any]]] = {"tasks": costs, "some of the pairs": shown}
-    if len(asked):
-        table = tables["finding held-out documents from a span of them"] = judged(encoder, result, asked, texts, score=score, language=language)
-        result.measured = [{"data": f"spans of {name_of(corpus)}", "rows": len(asked), "metrics": {"nDCG@10": table[2]["nDCG@10"]}}]
+    tables |= found_by_spans(encoder, result, corpus, asked, texts, score=score, language=language)
     text = f"The encoder was trained for the {score} score: build the index with that. Run each task alone to see which of them earns its keep on this corpus."
     result.reports["inverse_cloze"] = Report("an encoder for these documents", figures, tables=tables, text=text, warnings=warned)
     return result

@@ -24,7 +24,7 @@ from wellread.documents import rows as passages
 from wellread.errors import BadInput
 from wellread.features import running, to_device
 from wellread.inputs import TextInput
-from wellread.method import method
+from wellread.method import method, sentence_input
 from wellread.network import Network
 from wellread.ranking import Judgements, Run, compare, measure, ranked
 from wellread.rerankers import CrossEncoder, best_first, build, mixed
@@ -250,8 +250,8 @@ def neural_ranking(
     and when fewer than two queries have candidates of different grades on either side.
     Source: Guo et al. 2020, arXiv 1903.06902.
     """
+    given = sentence_input(encoder)
     for right, sentence in (
-        (encoder.output == "embedding" and isinstance(encoder.input, TextInput), "a sentence encoder with its tokenizer is needed, such as minilm-l6"),
         (min(negatives, epochs, batch_size) >= 1, "negatives, epochs and batch_size must be at least 1"),
         (learning_rate is None or learning_rate > 0, f"learning_rate is {learning_rate}: give a number above 0"),
         (length >= 8, f"length is {length}: a query and a document need at least 8 tokens"),
@@ -259,12 +259,11 @@ def neural_ranking(
     ):
         if not right:
             raise BadInput(sentence)
-    assert isinstance(encoder.input, TextInput)
     config = getattr(getattr(encoder.module, "model", None), "config", None)
-    longest = min(encoder.input.tokenizer.model_max_length, getattr(config, "max_position_embeddings", length))
+    longest = min(given.tokenizer.model_max_length, getattr(config, "max_position_embeddings", length))
     if model == "cross-encoder" and length > longest:
         raise BadInput(f"length is {length}, and this encoder reads {longest} tokens at most")
-    source = replace(encoder.input, max_length=length)
+    source = replace(given, max_length=length)
     lists = read(train, source)
     if held_out is None:
         usable = np.random.default_rng(seed).permutation(lists.usable).tolist()

@@ -17,7 +17,7 @@ import numpy as np
 from datasets import Dataset
 
 from wellread import runtime
-from wellread.data import subset
+from wellread.data import name_of, subset
 from wellread.documents import Passage, rows
 from wellread.errors import optional
 from wellread.index import Index
@@ -88,6 +88,17 @@ def judged(before: Network, after: Network, queries: Dataset, texts: Dataset, *,
         index.close()
     right = {query: {query: 1} for query in queries["id"]}
     return [{"search by": name} | measure(run, right, ["nDCG@10", "R@10"]).mean for name, run in runs.items()]
+
+
+def found_by_spans(
+    before: Network, after: Network, corpus: Dataset, queries: Dataset, texts: Dataset, *, score: Score = "cosine", language: str | None = "en"
+) -> dict[str, list[dict[str, Any]]]:
+    """The table of `judged` for a report, and its figure of the trained encoder in `after.measured`; neither when there are no queries."""
+    if not len(queries):
+        return {}
+    table = judged(before, after, queries, texts, score=score, language=language)
+    after.measured = [{"data": f"spans of {name_of(corpus)}", "rows": len(queries), "metrics": {"nDCG@10": table[2]["nDCG@10"]}}]
+    return {"finding held-out documents from a span of them": table}
 
 
 def scripts(texts: Sequence[str]) -> Counter[str]:
