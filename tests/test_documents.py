@@ -50,6 +50,24 @@ def test_html_keeps_what_is_read_and_nothing_else(tmp_path: Path) -> None:
     assert " ".join(body.split()) == "Fold the dough. Wait & see. flour water"
 
 
+def test_links_to_other_documents_belong_to_the_passage_that_holds_them(tmp_path: Path) -> None:
+    guide = (
+        "# Guide\nSee [the oven](../oven.html#heat) first.\n\n## More\nOr [elsewhere](https://example.org/oven.html), [here](#top), [gone](no.md).\n\n"
+        "Then **[knead *well*](dough)**, [mail](mailto:a@b.c) and [the oven](../oven.html) again.\n"
+    )
+    oven = "<h1><a href='sub/guide.md'>Oven</a></h1><p>Heat it.<h2>Door</h2><p>Open <a href='/sub/dough.rst'>it\nslowly</a>.<p>Bad <a href='http://[x'>one</a>"
+    data = corpus(f"folder:{notes(tmp_path, sub__guide_md=guide, oven_html=oven, sub__dough_rst='Fold.')}")
+    assert dict(zip(data["id"], data["links"], strict=True)) == {
+        "oven.html#1": [],  # the heading is in the title
+        "oven.html#2": ["sub/dough.rst"],
+        "sub/dough.rst#1": [],
+        "sub/guide.md#1": ["oven.html"],
+        "sub/guide.md#2": ["sub/dough.rst", "oven.html"],
+    }
+    assert data["text"][1] == "Open it slowly.\nBad one" and "\1" not in "".join(data["title"])
+    assert corpus(f"folder:{notes(tmp_path / 'plain', a_md='No [link](b.md).')}").column_names == ["id", "title", "text"]
+
+
 def test_html_says_its_encoding(tmp_path: Path) -> None:
     page = '<meta charset="iso-8859-2"><p>Łódź'.encode("iso-8859-2")
     with warnings.catch_warnings():
@@ -131,6 +149,14 @@ def test_a_line_of_ten_megabytes_is_cut_in_time(tmp_path: Path, unit: str) -> No
     longest = max(len(WORD.findall(text)) for text in data["text"])
     assert longest <= 160
     assert sum(len(text.replace(" ", "").replace("\n", "")) for text in data["text"]) >= len(line.replace(" ", ""))
+
+
+def test_jsonl_keeps_links_and_groups(tmp_path: Path) -> None:
+    file = tmp_path / "corpus.jsonl"
+    lines = [{"_id": "a", "text": "x", "links": ["b", "c"], "group": "de"}, {"_id": "b", "text": "y", "links": "a; c"}, {"_id": "c", "text": "z"}]
+    file.write_text("\n".join(map(json.dumps, lines)))
+    data = corpus(f"jsonl:{file}")
+    assert data["links"] == [["b", "c"], ["a", "c"], []] and data["group"] == ["de", None, None]
 
 
 def test_jsonl_is_the_form_of_beir(tmp_path: Path) -> None:

@@ -1,6 +1,7 @@
 """Documents to passages: folders of text, Markdown, HTML and PDF, and files with one document a row, as a table that never lies in memory.
 
-A corpus is a Hugging Face `Dataset` with the columns id (unique), title and text, memory-mapped from the cache.
+A corpus is a Hugging Face `Dataset` with the columns id (unique), title and text, memory-mapped from the cache; where there are any, also links (the
+documents that a passage names in a link, as a list) and group (its language or source).
 """
 
 from __future__ import annotations
@@ -8,14 +9,16 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import posixpath
 import re
 import warnings
 from array import array
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
+from urllib.parse import unquote, urlsplit
 
 import numpy as np
 from datasets import Dataset, DatasetDict
@@ -34,10 +37,19 @@ class Passage(NamedTuple):
 
 
 class Section(NamedTuple):
-    """A stretch of a document under one heading, as paragraphs."""
+    """A stretch of a document under one heading, as paragraphs. links: (words that are linked, target) as written."""
 
     heading: str
     paragraphs: list[str]
+    links: Sequence[tuple[str, str]] = ()
+
+
+class Row(NamedTuple):
+    """What is kept of a passage."""
+
+    passage: Passage
+    links: list[str]
+    group: str | None
 
 
 @dataclass
@@ -123,6 +135,7 @@ def _clean(text: Any) -> str:
 def from_folder(path: str | Path, *, words: int = WORDS) -> Dataset:
     """Passages of all documents below a folder: id "sub/notes.md#3", title "Notes > Heading". Hidden files are left out.
 
+    links: the other documents of the folder that links in the passage lead to, as "sub/other.md".
     Read once and kept in the cache until a file changes. What could not be read is counted and named in a warning.
     """
     root = Path(path).expanduser()
@@ -134,13 +147,17 @@ def from_folder(path: str | Path, *, words: int = WORDS) -> Dataset:
     if not found:
         raise BadInput(f"the folder {str(path)!r} holds no documents ({', '.join(READERS)})")
     key = [str(root.resolve()), words, [(str(file.relative_to(root)), file.stat().st_size, file.stat().st_mtime_ns) for file in found]]
+    names = [file.relative_to(root).as_posix() for file in found]
+    known = {name.rpartition(".")[0]: name for name in names} | {name: name for name in names}  # documentation is often linked by other endings
 
-    def passages(notes: Notes) -> Iterator[Passage]:
+    def passages(notes: Notes) -> Iterator[Row]:
         notes.others = others
         for file in track(found, f"reading {root.name}"):
             name = file.relative_to(root).as_posix()
             try:
-                yield from of_file(file, name, words, notes)
+                for passage, targets in of_file(file, name, words, notes):
+                    leads_to = (linked(name, target, known) for target in targets)
+                    yield Row(passage, list(dict.fromkeys(each for each in leads_to if each)), None)
             except BadInput:
                 raise  # a missing package, not a bad file
             except Exception as failed:  # parsers of damaged files raise anything
@@ -150,13 +167,16 @@ def from_folder(path: str | Path, *, words: int = WORDS) -> Dataset:
 
 
 def from_jsonl(path: str | Path, *, words: int = WORDS) -> Dataset:
-    """One document a line: _id or id, title, text (the form of BEIR). Raises `BadInput` naming the line that is not such an object."""
+    """One document a line: _id or id, title, text (the form of BEIR), and where there are any links and group.
+
+    Raises `BadInput` naming the line that is not such an object.
+    """
     file = Path(path).expanduser()
     if not file.is_file():
         raise BadInput(f"there is no .jsonl file at {str(path)!r}")
     key = [str(file.resolve()), words, file.stat().st_size, file.stat().st_mtime_ns]
 
-    def passages(notes: Notes) -> Iterator[Passage]:
+    def passages(notes: Notes) -> Iterator[Row]:
         with open(file, "rb") as opened:
             for number, line in enumerate(track(opened, f"reading {file.name}"), 1):
                 if not line.strip():
@@ -173,41 +193,47 @@ def from_jsonl(path: str | Path, *, words: int = WORDS) -> Dataset:
                 if guessed:
                     notes.guessed.append(name)
                 document = Passage(name, _clean(row.get("title")), _clean(body))
+                links, group = row.get("links") or [], row.get("group")
+                links = links.split(";") if isinstance(links, str) else links
+                more = [str(each).strip() for each in links], None if group is None else str(group)
                 if not document.text and not document.title:
                     notes.empty.append(name)
                 elif len(document.text) > LONGEST:
                     notes.cut.append(name)
                     for part, piece in enumerate(pieces([document.text], words), 1):
-                        yield Passage(f"{name}#{part}", document.title, piece)
+                        yield Row(Passage(f"{name}#{part}", document.title, piece), *more)
                 else:
-                    yield document
+                    yield Row(document, *more)
 
     return _kept(passages, key, f"jsonl:{path}")
 
 
-def _kept(passages: Callable[[Notes], Iterator[Passage]], key: list[Any], name: str) -> Dataset:
+def _kept(passages: Callable[[Notes], Iterator[Row]], key: list[Any], name: str) -> Dataset:
     """The passages as a memory-mapped table in the cache; made when it is not there yet."""
     import pyarrow as pa
 
-    digest = hashlib.sha256(json.dumps([1, key]).encode()).hexdigest()[:32]
+    digest = hashlib.sha256(json.dumps([2, key]).encode()).hexdigest()[:32]
     file = cache_folder() / "corpora" / f"{digest}.arrow"
     said = file.with_suffix(".json")
     if not (file.is_file() and said.is_file()):
         file.parent.mkdir(parents=True, exist_ok=True)
         notes, hashes = Notes(), array("Q")
-        schema = pa.schema([(column, pa.large_string()) for column in Passage._fields])
+        schema = pa.schema([*((column, pa.large_string()) for column in Passage._fields), ("links", pa.list_(pa.string())), ("group", pa.large_string())])
+        used: set[str] = set()
         partial = file.with_name(f"{digest}.{os.getpid()}.partial")
         try:
             with pa.OSFile(str(partial), "wb") as sink, pa.ipc.new_stream(sink, schema) as writer:
-                block: list[Passage] = []
+                block: list[Row] = []
 
                 def write() -> None:
-                    writer.write_batch(pa.record_batch([pa.array(column, pa.large_string()) for column in zip(*block, strict=True)], schema=schema))
+                    columns = zip(*((*row.passage, row.links, row.group) for row in block), strict=True)
+                    writer.write_batch(pa.record_batch([pa.array(column, kind.type) for column, kind in zip(columns, schema, strict=True)], schema=schema))
                     block.clear()
 
-                for passage in passages(notes):
-                    hashes.append(int.from_bytes(hashlib.blake2b(passage.id.encode("utf-8", "replace"), digest_size=8).digest(), "little"))
-                    block.append(passage)
+                for row in passages(notes):
+                    hashes.append(int.from_bytes(hashlib.blake2b(row.passage.id.encode("utf-8", "replace"), digest_size=8).digest(), "little"))
+                    used.update(name for name, there in (("links", row.links), ("group", row.group)) if there)
+                    block.append(row)
                     if len(block) == 1000:
                         write()
                 if block:
@@ -216,15 +242,15 @@ def _kept(passages: Callable[[Notes], Iterator[Passage]], key: list[Any], name: 
                 notes.say(name)
                 raise BadInput(f"{name} holds no text: nothing could be read from it")
             _refuse_twins(np.frombuffer(hashes, np.uint64), partial, name)
-            said.write_text(json.dumps(vars(notes)))
+            said.write_text(json.dumps({"notes": vars(notes), "empty": sorted({"links", "group"} - used)}))
             os.replace(partial, file)
         finally:
             partial.unlink(missing_ok=True)
     record = json.loads(said.read_text())
-    Notes(**{**record, "others": Counter(record["others"])}).say(name)
+    Notes(**{**record["notes"], "others": Counter(record["notes"]["others"])}).say(name)
     from wellread.data import rename
 
-    return rename(Dataset.from_file(str(file)), name)
+    return rename(Dataset.from_file(str(file)).remove_columns(record["empty"]), name)
 
 
 def _refuse_twins(hashes: np.ndarray, file: Path, name: str) -> None:
@@ -258,15 +284,29 @@ def documents(root: Path) -> tuple[list[Path], Counter[str]]:
     return found, others
 
 
-def of_file(file: Path, name: str, words: int, notes: Notes) -> Iterator[Passage]:
-    """The passages of one document, numbered from 1."""
+def linked(name: str, target: str, known: Mapping[str, str]) -> str | None:
+    """The document that a link in document `name` leads to, or None: elsewhere, to itself, to what is not among the `known` (path -> document)."""
+    try:
+        parts = urlsplit(target)
+    except ValueError:
+        return None
+    path = unquote(parts.path)
+    if parts.scheme or parts.netloc or not path:
+        return None
+    place = posixpath.normpath(path.lstrip("/") if path.startswith("/") else posixpath.join(posixpath.dirname(name), path))
+    found = next((known[each] for each in (place, posixpath.splitext(place)[0], posixpath.join(place, "index")) if each in known), None)
+    return None if found == name else found
+
+
+def of_file(file: Path, name: str, words: int, notes: Notes) -> Iterator[tuple[Passage, list[str]]]:
+    """The passages of one document, numbered from 1, each with the targets of the links whose words it holds."""
     title, sections = READERS[file.suffix.lower()](file, name, notes)
     title, number = title or file.stem, 0
     for section in sections:
         heading = section.heading if section.heading != title else ""
         for text in pieces(section.paragraphs, words):
             number += 1
-            yield Passage(f"{name}#{number}", f"{title} > {heading}" if heading else title, text)
+            yield Passage(f"{name}#{number}", f"{title} > {heading}" if heading else title, text), [target for said, target in section.links if said in text]
     if not number:
         notes.empty.append(name)
 
@@ -327,7 +367,15 @@ def _markdown(file: Path, name: str, notes: Notes) -> Read:
         elif token.type in ("fence", "code_block"):
             outline.paragraph(token.content)
         elif token.type == "inline":
-            content = "".join(" " if each.type.endswith("break") else each.content for each in token.children or [] if each.type != "html_inline")
+            parts, links = list[str](), list[tuple[int, str]]()
+            for each in token.children or []:
+                if each.type == "link_open":
+                    links.append((len(parts), str(each.attrGet("href") or "")))
+                parts.append(" " if each.type.endswith("break") else "" if each.type == "html_inline" else each.content)
+                if each.type == "link_close":
+                    start, target = links.pop()
+                    outline.link("".join(parts[start:]), target)
+            content = "".join(parts)
             if level:
                 outline.heading(level, content)
             elif row is not None:
@@ -361,6 +409,10 @@ def _html(file: Path, name: str, notes: Notes) -> Read:
         each.decompose()
     for cell in soup(["td", "th"]):
         cell.append(" ")
+    targets = list[tuple[str, str]]()
+    for each in soup("a", href=True):
+        each.insert_before(f"\1{len(targets)}\1")  # where it stood, for the section that it belongs to
+        targets.append((each.get_text(), str(each["href"])))
     for each in soup(BLOCKS):
         mark = f"\0{each.name[1]}" if re.fullmatch(r"h[1-6]", each.name) else ""
         if mark:
@@ -369,11 +421,14 @@ def _html(file: Path, name: str, notes: Notes) -> Read:
         each.insert_after("\n\n")
     outline = _Outline(named)
     for paragraph in re.split(r"\n\s*\n", soup.get_text()):
-        paragraph = paragraph.strip()
+        links = [targets[int(number)] for number in re.findall("\1(\\d+)\1", paragraph)]
+        paragraph = re.sub("\1\\d+\1", "", paragraph).strip()
         if paragraph.startswith("\0"):
             outline.heading(int(paragraph[1]), paragraph[2:])
         else:
             outline.paragraph(paragraph)
+        for said, target in links:
+            outline.link(said, target)
     return outline.title, outline.sections
 
 
@@ -406,7 +461,7 @@ class _Outline:
     """Sections under the path of their headings. The first heading of the highest kind is the title when there is no other."""
 
     def __init__(self, title: str) -> None:
-        self.title, self.sections = title, [Section("", [])]
+        self.title, self.sections = title, [Section("", [], [])]
         self.above: list[tuple[int, str]] = []
 
     def heading(self, level: int, text: str) -> None:
@@ -416,7 +471,10 @@ class _Outline:
         if level == 1 and not self.title:
             self.title = text
         self.above = [(l, t) for l, t in self.above if l < level] + [(level, text)]  # noqa: E741
-        self.sections.append(Section(" > ".join(t for _, t in self.above if t != self.title), []))
+        self.sections.append(Section(" > ".join(t for _, t in self.above if t != self.title), [], []))
+
+    def link(self, said: str, target: str) -> None:
+        self.sections[-1].links.append((" ".join(said.split()), target))  # type: ignore[attr-defined]
 
     def paragraph(self, text: str) -> None:
         self.sections[-1].paragraphs.append(text)
