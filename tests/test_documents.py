@@ -68,6 +68,16 @@ def test_links_to_other_documents_belong_to_the_passage_that_holds_them(tmp_path
     assert corpus(f"folder:{notes(tmp_path / 'plain', a_md='No [link](b.md).')}").column_names == ["id", "title", "text"]
 
 
+def test_html_of_documentation_tools(tmp_path: Path) -> None:
+    page = (
+        "<title>Kneading &#8212; Bread 1.2 documentation</title><div role='navigation'>next | previous</div><div>Bread 1.2</div>"
+        "<div role='main'><h1>Kneading<a href='#k'>¶</a></h1><p>Fold it.</p><h2>Rest<a href='#r'>#</a></h2><p>Wait.</div><footer>Made by us</footer>"
+    )
+    assert read(notes(tmp_path, a_html=page)) == {"a.html#1": ("Kneading", "Fold it."), "a.html#2": ("Kneading > Rest", "Wait.")}
+    empty = "<title>T</title><main> </main><p>Here it is."
+    assert read(notes(tmp_path / "other", a_html=empty)) == {"a.html#1": ("T", "Here it is.")}
+
+
 def test_html_says_its_encoding(tmp_path: Path) -> None:
     page = '<meta charset="iso-8859-2"><p>Łódź'.encode("iso-8859-2")
     with warnings.catch_warnings():

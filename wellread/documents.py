@@ -212,7 +212,7 @@ def _kept(passages: Callable[[Notes], Iterator[Row]], key: list[Any], name: str)
     """The passages as a memory-mapped table in the cache; made when it is not there yet."""
     import pyarrow as pa
 
-    digest = hashlib.sha256(json.dumps([2, key]).encode()).hexdigest()[:32]
+    digest = hashlib.sha256(json.dumps([3, key]).encode()).hexdigest()[:32]
     file = cache_folder() / "corpora" / f"{digest}.arrow"
     said = file.with_suffix(".json")
     if not (file.is_file() and said.is_file()):
@@ -404,9 +404,16 @@ def _html(file: Path, name: str, notes: Notes) -> Read:
         if not found.declared_html_encoding and not content.startswith((b"\xff\xfe", b"\xfe\xff")):
             notes.guessed.append(name)
     soup = bs4.BeautifulSoup(text.replace("\0", ""), "html.parser")
-    named = soup.title.get_text(" ", strip=True) if soup.title else ""
-    for each in soup(["script", "style", "template", "noscript", "head", "nav", "svg"]):
+    named = " ".join(soup.title.get_text(" ").split()) if soup.title else ""
+    for each in [*soup(["script", "style", "template", "noscript", "head", "title", "nav", "svg"]), *soup(role=["navigation", "search"])]:
         each.decompose()
+    for each in soup("a", string=["¶", "#"]):  # how documentation tools link a heading to itself
+        each.decompose()
+    main = soup.find("main") or soup.find(role="main")
+    soup = main if main is not None and main.get_text(strip=True) else soup
+    first = soup.find("h1")
+    heading = " ".join(first.get_text(" ").split()) if first else ""
+    named = heading if heading and named.startswith(heading) else named  # the rest is the name of the site
     for cell in soup(["td", "th"]):
         cell.append(" ")
     targets = list[tuple[str, str]]()
