@@ -33,7 +33,7 @@ from wellread.index import BUILD_BREADTH, NEIGHBOURS, SEARCH_BREADTH, Index, enc
 
 QUICK = "--quick" in sys.argv
 SMALL, LARGE, ASKED = (3000, 12_000, 50) if QUICK else (250_000, 1_000_000, 500)
-TEXTS = 300 if QUICK else 12_000  # of each source
+TEXTS = 300 if QUICK else 5_000  # of each source
 SOURCES = ("banking77/train.csv", "stackoverflow/title_StackOverflow.txt", "sst2/train.txt")  # a text in each line
 EXPECTS = [
     Expect("a search among a million vectors takes at most 20 ms", "search_ms", 20.0, at_least=False),
