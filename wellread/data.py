@@ -505,9 +505,9 @@ def _bytes(value: Any) -> bytes:
 
 
 def fingerprint(data: Dataset) -> str:
-    """sha256 of the rows in their order: content and, when there are any, labels."""
+    """sha256 of the rows in their order: content and, when there are any, labels, scores and what else is said of them."""
     whole = hashlib.sha256("\n".join(row_hashes(data)).encode())
-    for column in ("label", "score"):
+    for column in ("label", "score", "group", "links", "captions", "tags", "first", "second", "rater"):
         if column in data.column_names:
             whole.update(str(list(data.with_format(None)[column])).encode())
     return whole.hexdigest()
