@@ -23,7 +23,7 @@ from wellread.errors import BadInput
 from wellread.evaluate import predict
 from wellread.retrieve import contriever
 from wellread.retrieve.contriever import Chunks, Contrast, Frame, chunks, crop, learn, thinned, view_batches
-from wellread.retrieve.spans import held_out, judged, owner, scripts
+from wellread.retrieve.spans import held_out, judged, owner
 
 WORDS = [f"w{number}" for number in range(96)]
 SMALL = {"vocab_size": 101, "hidden_size": 24, "num_attention_heads": 2, "intermediate_size": 32, "max_position_embeddings": 64, "pad_token_id": 0}
@@ -285,29 +285,6 @@ def test_large_batches_in_parts_are_the_same_batch(network: Network, monkeypatch
         torch.testing.assert_close(one, two, rtol=1e-3, atol=1e-6)
 
 
-# --- the search task made of the corpus
-
-
-def test_held_out_documents_are_not_trained_on() -> None:
-    table = corpus(40)
-    training, queries, texts = held_out(table, pool=30)
-    assert (len(training), len(queries), len(texts)) == (36, 4, 30)
-    away = [text for text in table["text"] if text not in training["text"]]
-    assert len(away) == 4
-    for row in range(4):
-        query, rest = queries["text"][row], texts["text"][row]
-        assert len(query.split()) == 5 and any(query in text and text.replace(query, "", 1).split() == rest.split() for text in away)
-    assert set(texts["text"][4:]) <= set(training["text"])
-    assert len(held_out(corpus(9))[1]) == 0 and len(held_out(corpus(40), count=0)[0]) == 40
-    files = table.remove_columns("id").add_column("id", [f"{row // 2}.md#{row % 2}" for row in range(40)])
-    training, queries, _ = held_out(files)
-    assert len(queries) == 2 and len(training) == 36, "the other passage of the file goes too"
-
-
-def test_scripts() -> None:
-    assert scripts(["some words", "несколько слов", "des mots", "12 34"]) == {"LATIN": 2, "CYRILLIC": 1}
-
-
 # --- the method
 
 
@@ -332,6 +309,7 @@ def test_it_learns_to_find_documents(kind: str, queue: int, score: Any) -> None:
     report = better.reports["contriever"]
     assert (report.figures["score"], report.figures["chunks"]) == (score, 54)
     assert report.figures["negatives of a query, at most"] == (54 if queue else 15)
+    assert f"trained for the {score} score" in report.text and "6 spans looked for among 60 texts" in report.text
     (rows,) = report.tables.values()
     assert [row["search by"] for row in rows] == ["words (BM25)", "encoder before", "encoder after", "words and encoder after, fused"]
     _, queries, texts = held_out(table)

@@ -452,7 +452,7 @@ def test_the_sentence_vector_holds_the_text(trained: tuple[Network, Network]) ->
     assert report.figures["texts"] == 54 and report.figures["texts skipped, of one token"] == 0
     spans = report.tables["finding held-out documents from a span of them"]
     assert [row["search by"] for row in spans] == ["words (BM25)", "encoder before", "encoder after", "words and encoder after, fused"]
-    assert [row["search by"] for row in report.tables["the same by each part"]] == ["dense", "lexical", "joint"]
+    assert [row["search by"] for row in report.tables["the same spans by each part"]] == ["dense", "lexical", "joint"]
     assert better.lineage[-1]["method"] == "dupmae"
 
 

@@ -30,7 +30,7 @@ from wellread.inputs import TextInput
 from wellread.method import method, sentence_input
 from wellread.network import Network
 from wellread.results import Report
-from wellread.retrieve.spans import Score, can_judge, cautions, found_by_spans, held_out, owner, whole
+from wellread.retrieve.spans import Score, can_judge, cautions, held_out, owner, whole, with_spans
 from wellread.train import History, fit
 
 # --- two views of a chunk
@@ -238,7 +238,8 @@ def contriever(
     corpus: passages with id and text, if you like title, and group (a language, a source), from which examples are then drawn evenly.
     steps: optimiser steps; AdamW as in the paper, a tenth of them warm-up, cosine.
     batch_size: pairs in a step.
-    queue: earlier keys that serve as negatives, at most one for each chunk of the corpus; 0 takes the other pairs of the batch instead.
+    queue: earlier keys that serve as negatives, at most one for each chunk of the corpus; 0 takes the other pairs of the batch instead. In a short run
+        with a high learning rate keep it to few batches: old keys are told from new ones by their age alone.
     momentum: of the slow copy that gives the keys. The paper's 0.9995 belongs to 500,000 steps: in 500 such a copy hardly moves.
     temperature: scores are divided by it.
     score: what two texts are compared by, in training and then in the search: cosine, or the plain dot product of the paper.
@@ -294,15 +295,7 @@ def contriever(
     figures: dict[str, Any] = {"start": start or "a given network", "chunks": len(parts), "texts left out, too short": parts.skipped}
     figures |= {"pairs seen": steps * batch_size, "negatives of a query, at most": held or batch_size - 1, "score": score}
     figures |= {"loss, last tenth": float(np.mean(history.loss[-max(1, steps // 10) :]))}
-    text = (
-        f"The encoder was trained for the {score} score: build the index with that. What the start had learned before, perhaps from labelled pairs, is part "
-        "of every figure: the paper's claim is about a start that knew no pairs."
-    )
-    if len(asked):
-        text += (
-            f" The table: {len(asked)} spans looked for among {len(texts)} texts. A span shares its rare words with its document, which is kinder to BM25 "
-            "than people's questions are."
-        )
-    tables = found_by_spans(encoder, result, corpus, asked, texts, score=score, language=language)
-    result.reports["contriever"] = Report("an encoder for these texts", figures, tables=tables, text=text, warnings=warned)
+    text = "What the start had learned before, perhaps from labelled pairs, is part of every figure: the paper's claim is about a start that knew no pairs."
+    report = Report("an encoder for these texts", figures, text=text, warnings=warned)
+    result.reports["contriever"] = with_spans(report, encoder, result, corpus, asked, texts, score=score, language=language)
     return result

@@ -27,7 +27,7 @@ from wellread.network import Network
 from wellread.ranking import Judgements, measure
 from wellread.results import Report
 from wellread.retrieve.contriever import Chunks, Frame, chunks
-from wellread.retrieve.spans import can_judge, cautions, found_by_spans, held_out
+from wellread.retrieve.spans import can_judge, cautions, held_out, with_spans
 from wellread.train import History, fit
 
 Target = Literal["normalised", "code"]
@@ -362,13 +362,12 @@ def dupmae(
         figures |= {"rebuilding loss, own sentence vector": found["own"], "rebuilding loss, another text's": found["other"]}
         if found["other"] - found["own"] < 0.05:
             warned = [*warned, "the decoder hardly needs the sentence vector: train longer, or raise decoder_share"]
-    text = "The vectors are searched with as before; joint() gives word weights beside them. Neither was trained on pairs yet: that is the next step."
-    tables |= found_by_spans(encoder, result, corpus, asked, texts, language=language)
     if len(asked):
         judged: Judgements = {each: {each: 1} for each in asked["id"]}
         with runtime.using(progress=False):
             runs = ranked_by_parts(result, asked, texts, k=k)
-        tables["the same by each part"] = [{"search by": name} | measure(run, judged, ["nDCG@10", "R@10"]).mean for name, run in runs.items()]
-        text += f" The table: {len(asked)} spans looked for among {len(texts)} texts, which is kinder to BM25 than people's questions are."
-    result.reports["dupmae"] = Report("an encoder that holds its texts", figures, tables=tables, text=text, warnings=warned)
+        tables["the same spans by each part"] = [{"search by": name} | measure(run, judged, ["nDCG@10", "R@10"]).mean for name, run in runs.items()]
+    text = "The vectors are searched with as before; joint() gives word weights beside them. Neither was trained on pairs yet: that is the next step."
+    report = Report("an encoder that holds its texts", figures, tables=tables, text=text, warnings=warned)
+    result.reports["dupmae"] = with_spans(report, encoder, result, corpus, asked, texts, language=language)
     return result

@@ -25,7 +25,7 @@ from wellread.inputs import TextInput
 from wellread.method import method, sentence_input
 from wellread.network import Network
 from wellread.results import Report
-from wellread.retrieve.spans import Score, can_judge, cautions, found_by_spans, held_out, owner, whole
+from wellread.retrieve.spans import Score, can_judge, cautions, held_out, owner, whole, with_spans
 from wellread.train import History, fit
 
 Task = Literal["ict", "bfs", "wlp"]
@@ -302,9 +302,9 @@ def inverse_cloze(
     some = [pages.draw(task, int(random.integers(len(pages.pairs[task]))), random, 0.0) for task in chosen for _ in range(3)]
     shown = [{"task": each.task, "query": each.query[:160], "document": each.document[:160], "from row": each.query_row} for each in some]
     tables: dict[str, list[dict[str, Any]]] = {"tasks": costs, "some of the pairs": shown}
-    tables |= found_by_spans(encoder, result, corpus, asked, texts, score=score, language=language)
-    text = f"The encoder was trained for the {score} score: build the index with that. Run each task alone to see which of them earns its keep on this corpus."
-    result.reports["inverse_cloze"] = Report("an encoder for these documents", figures, tables=tables, text=text, warnings=warned)
+    text = "Run each task alone to see which of them earns its keep on this corpus."
+    report = Report("an encoder for these documents", figures, tables=tables, text=text, warnings=warned)
+    result.reports["inverse_cloze"] = with_spans(report, encoder, result, corpus, asked, texts, score=score, language=language)
     return result
 
 

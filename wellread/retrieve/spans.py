@@ -23,6 +23,7 @@ from wellread.errors import optional
 from wellread.index import Index
 from wellread.network import Network
 from wellread.ranking import Run, measure
+from wellread.results import Report
 from wellread.words import check_language
 
 Score = Literal["cosine", "dot"]
@@ -99,6 +100,20 @@ def found_by_spans(
     table = judged(before, after, queries, texts, score=score, language=language)
     after.measured = [{"data": f"spans of {name_of(corpus)}", "rows": len(queries), "metrics": {"nDCG@10": table[2]["nDCG@10"]}}]
     return {"finding held-out documents from a span of them": table}
+
+
+def with_spans(
+    report: Report, before: Network, after: Network, corpus: Dataset, queries: Dataset, texts: Dataset, *, score: Score = "cosine", language: str | None = "en"
+) -> Report:
+    """How a report on a trained encoder ends: with the score to search by, and with the table of `found_by_spans` and how to read it."""
+    report.text = f"{report.text} The encoder was trained for the {score} score: build the index with that.".strip()
+    report.tables |= found_by_spans(before, after, corpus, queries, texts, score=score, language=language)
+    if len(queries):
+        report.text += (
+            f" The last table: {len(queries)} spans looked for among {len(texts)} texts. A span shares its rare words with its document, which is kinder to "
+            "BM25 than people's questions are."
+        )
+    return report
 
 
 def scripts(texts: Sequence[str]) -> Counter[str]:
