@@ -468,6 +468,11 @@ def test_completion_scripts(shell, capsys):
 
 
 def test_three_lines_to_a_result(tmp_path, monkeypatch, capsys):
+    import torch
+
+    from wellread import load
+    from wellread.rerankers import build
+
     monkeypatch.chdir(tmp_path)
     (tmp_path / "notes").mkdir()
     (tmp_path / "notes" / "bread.md").write_text("# Baking\n\n## Oven\nBake the loaf at 230 degrees.\n\n## Flour\nRye flour is darker than wheat.\n")
@@ -482,6 +487,14 @@ def test_three_lines_to_a_result(tmp_path, monkeypatch, capsys):
     assert found[0]["id"] == "boat.txt#1" and set(found[0]) == {"id", "score", "title", "text", "ranks"} and len(found) == 3
     assert main(["search", "idx", "zebra", "--mode", "lexical"]) == 0
     assert "nothing found" in capsys.readouterr().out
+    assert main(["search", "idx", "how", "hot", "--rerank", "minilm-l6"]) == 2
+    assert "neural-ranking" in capsys.readouterr().err
+    reranker = build(load("minilm-l6"), "knrm", 32, ["The sail is hoisted."])
+    torch.nn.init.constant_(reranker.module.match.layer.weight, 1.0)
+    reranker.save(tmp_path / "order")
+    assert main(["search", "idx", "dark wheat flour", "-k", "1", "--rerank", "order", "--json"]) == 0
+    (found,) = json.loads(capsys.readouterr().out)
+    assert found["id"] == "bread.md#2" and "first search" in found["ranks"]
     (tmp_path / "notes" / "boat.txt").write_text("The anchor holds.")
     again = ["index", "--encoder", "minilm-l6", "--corpus", "folder:notes", "--out", "idx", "--quiet"]
     assert main(again) == 2

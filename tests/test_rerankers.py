@@ -9,6 +9,7 @@ from torch.nn import functional as F
 
 from wellread import Network
 from wellread.errors import BadInput
+from wellread.index import Hit
 from wellread.inputs import TextInput
 from wellread.rerankers import (
     CENTRES,
@@ -21,6 +22,7 @@ from wellread.rerankers import (
     idf,
     kernels,
     mixed,
+    reordered,
     rerank,
     same_words,
     separator,
@@ -58,7 +60,7 @@ def texts(*rows: list[int], width: int = 8, seed: int = 0, longest: int | None =
 def model(name: str):
     torch.manual_seed(1)
     found = MODELS[name](8)
-    if name == "knrm":  # which starts at 0
+    if "knrm" in name:  # which start near 0
         torch.nn.init.normal_(found.layer.weight)
     return found.double().eval()
 
@@ -192,6 +194,11 @@ def test_what_can_be_learned(name):
     assert (module.words.weight.grad is None) == (name == "drmm")
 
 
+@pytest.mark.parametrize("name", ["knrm", "conv-knrm"])
+def test_kernels_weigh_little_at_first(name):
+    assert 0 < float(MODELS[name](8).layer.weight.detach().abs().max()) <= 0.014
+
+
 # --- use
 
 
@@ -202,7 +209,8 @@ def made(name: str = "knrm") -> Network:
     module = Reranker(**arguments)
     module.words.weight.data = F.normalize(module.words.weight.data, dim=1)
     torch.nn.init.normal_(module.match.layer.weight)
-    return Network(module, source, architecture={"family": "class", "name": "wellread.rerankers:Reranker", "arguments": arguments})
+    architecture = {"family": "class", "name": "wellread.rerankers:Reranker", "arguments": arguments}
+    return Network(module, source, output="score", architecture=architecture)
 
 
 FOUND = ["a b c", "d e", "a d f", "p o n", "a a a"]
@@ -229,6 +237,13 @@ def test_the_two_searches_weigh_what_they_should():
     network = made()
     network.module.share.fill_(0.0)
     assert [place for place, _ in rerank(network, "a b", FOUND, [1, 2, 3, 4, 5])] == [4, 3, 2, 1, 0]
+
+
+def test_hits_of_an_index_are_put_in_the_order_of_the_reranker():
+    hits = [Hit(str(place), 0.0, "", text, {"lexical": place + 1}) for place, text in enumerate(FOUND)]
+    found = reordered(made(), "a b", hits, share=1.0)
+    assert [(int(hit.id), hit.score) for hit in found] == rerank(made(), "a b", FOUND, [0.0] * 5, share=1.0)
+    assert all(hit.ranks == {"lexical": int(hit.id) + 1, "first search": int(hit.id) + 1} for hit in found)
 
 
 def test_equal_scores_stay_in_order():

@@ -456,7 +456,12 @@ def _print_result(result: Any, out: str, as_json: bool) -> None:
             return
         for report in result.reports.values():
             report.show()
-        click.echo(f"{result!r}\nsaved in {out}\nnext:  wellread eval {out} DATA     with data that it has not seen")
+        texts = result.input is not None and result.input.column == "text"
+        following = {
+            "score": f'wellread search INDEX "what you want to know" --rerank {out}',
+            "embedding": f"wellread index --encoder {out} --corpus folder:NOTES --out INDEX" if texts else f"wellread run transfer --networks {out} ...",
+        }.get(result.output, f"wellread eval {out} DATA     with data that it has not seen")
+        click.echo(f"{result!r}\nsaved in {out}\nnext:  {following}")
     elif as_json:
         _json({"out": out, "kind": type(result).__name__, **result.to_dict()})
     else:
@@ -570,19 +575,25 @@ def index(encoder: str, corpus: str, out: str, words: int, language: str, device
 @click.option(
     "--mode", type=click.Choice(["hybrid", "dense", "lexical"]), default="hybrid", show_default=True, help="By meaning (dense), words or both."
 )
+@click.option("--rerank", metavar="NETWORK", type=click.Path(), help="A reranker (neural-ranking, prop) that orders the first 100 anew.")
 @click.option("--encoder", metavar="NETWORK", type=click.Path(), help="Where the encoder lies now, if it was moved.")
 @click.option("--device", default="auto", metavar="NAME", help="cpu, cuda, cuda:1, mps [default: the fastest there is]")
 @_as_json
-def search(folder: str, query: tuple[str, ...], k: int, mode: str, encoder: str | None, device: str, as_json: bool) -> None:
+def search(folder: str, query: tuple[str, ...], k: int, mode: str, rerank: str | None, encoder: str | None, device: str, as_json: bool) -> None:
     """Find the passages of INDEX that answer QUERY."""
     from wellread.index import Index
+    from wellread.network import load
+    from wellread.rerankers import reordered
     from wellread.runtime import using
     from wellread.words import excerpt
 
     text = " ".join(query)
     with _plain_warnings(), using(device=device, progress=False):
+        reranker = None if rerank is None else load(rerank)
         opened = Index.open(folder, encoder)
-        hits = opened.search(text, k, mode)  # type: ignore[arg-type]
+        hits = opened.search(text, k if reranker is None else max(k, 100), mode)  # type: ignore[arg-type]
+        if reranker is not None:
+            hits = reordered(reranker, text, hits)[:k]
     if as_json:
         _json([hit.to_dict() for hit in hits])
         return

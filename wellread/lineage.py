@@ -74,6 +74,7 @@ def model_card(network: Network) -> str:
     task = {
         "logits": "image-classification" if network.input is None or network.input.column == "image" else "text-classification",
         "embedding": "image-feature-extraction" if network.input is not None and network.input.column == "image" else "feature-extraction",
+        "score": "text-ranking",
         "anomaly_score": "image-classification",
         "token_logits": "text-generation",
     }[network.output]

@@ -25,7 +25,7 @@ from wellread.lineage import Step, model_card, step
 if TYPE_CHECKING:
     from wellread.results import Report
 
-Output = Literal["logits", "embedding", "anomaly_score", "token_logits"]
+Output = Literal["logits", "embedding", "score", "anomaly_score", "token_logits"]
 
 CONFIG = "wellread.json"
 WEIGHTS = "model.safetensors"
@@ -39,7 +39,8 @@ class Network:
     input: ImageInput or TextInput; None when the caller feeds tensors.
     head: dotted path of the layer that turns the embedding into the output; its input is the embedding. Found when not given: the last Linear.
     labels: class names, in the order of the logits.
-    output: "logits" [B, K], "embedding" [B, d], "anomaly_score" [B] (higher is stranger) or "token_logits" [B, T, V].
+    output: "logits" [B, K], "embedding" [B, d], "score" [B] of pairs of query and document (higher is more relevant),
+        "anomaly_score" [B] (higher is stranger) or "token_logits" [B, T, V].
     architecture, edits: the structure as data (see structure.py); None when the module cannot be built by another process.
     measured: [{"data", "rows", "metrics": {name: value}}], written into the model card.
     reports: findings that came with it, by name; saved beside it.

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 import torch
@@ -23,9 +23,13 @@ from wellread.inputs import TextInput
 from wellread.network import Network
 from wellread.network import build as built
 
+if TYPE_CHECKING:
+    from wellread.index import Hit
+
 CENTRES = (1.0, 0.9, 0.7, 0.5, 0.3, 0.1, -0.1, -0.3, -0.5, -0.7, -0.9)  # of KNRM's kernels; the first is for the same word
 WIDTH = 0.1  # of the other kernels
 EXACT_WIDTH = 1e-3
+START = 0.014  # largest weight of a kernel at first, as in published code: kernels rise and fall together, and a large start of the wrong sign is kept
 
 
 class Words(NamedTuple):
@@ -177,7 +181,7 @@ class KNRM(nn.Module):
     def __init__(self, width: int) -> None:
         super().__init__()
         self.layer = nn.Linear(len(CENTRES), 1)
-        nn.init.zeros_(self.layer.weight)  # what it prefers comes from the judgements alone
+        nn.init.uniform_(self.layer.weight, -START, START)
 
     def forward(self, query: Words, document: Words) -> Tensor:
         """[B]."""
@@ -191,6 +195,7 @@ class ConvKNRM(nn.Module):
         super().__init__()
         self.phrases = nn.ModuleList(nn.Conv1d(width, maps, size) for size in range(1, longest + 1))
         self.layer = nn.Linear(len(CENTRES) * longest**2, 1)
+        nn.init.uniform_(self.layer.weight, -START, START)
 
     def encode(self, text: Words) -> list[Tensor]:
         """[B, T, maps] for each length of phrase, of length 1: phrases that begin at each word, past the end of zeros."""
@@ -290,14 +295,20 @@ def idf(tokens: Mapping[str, Tensor], rows: int) -> Tensor:
 
 
 def build(encoder: Network, model: str, length: int, documents: Sequence[str]) -> Network:
-    """An untrained reranker: a cross-encoder from all of the encoder, or one of MODELS over its word vectors, with idf from `documents`."""
+    """A reranker to train: a cross-encoder from all of the encoder, or one of MODELS over its word vectors, with idf from `documents`.
+
+    A cross-encoder in place of the encoder is taken as it is.
+    """
     assert isinstance(encoder.input, TextInput)
-    source, width = replace(encoder.input, max_length=length), encoder.embedding_size
+    source = replace(encoder.input, max_length=length)
+    if isinstance(encoder.module, CrossEncoder):
+        return encoder.edited(input=source)
     arguments: dict[str, Any]
     module: nn.Module
     if model == "cross-encoder":
         made = dict(encoder.architecture or {})
-        arguments = {"encoder": {**encoder.structure, "architecture": made | ({"normalize": False} if "normalize" in made else {})}, "width": width}
+        arguments = {"encoder": {**encoder.structure, "architecture": made | ({"normalize": False} if "normalize" in made else {})}}
+        arguments["width"] = encoder.embedding_size
         module = CrossEncoder(**arguments)
         module.encoder.load_state_dict(encoder.module.state_dict())
     else:
@@ -307,7 +318,7 @@ def build(encoder: Network, model: str, length: int, documents: Sequence[str]) -
         module.words.weight.data.copy_(F.normalize(table, dim=1))
         module.idf.copy_(idf(source(sorted(set(documents))), len(table)))
     name = f"{type(module).__module__}:{type(module).__name__}"
-    return Network(module, source, None, architecture={"family": "class", "name": name, "arguments": arguments})
+    return Network(module, source, output="score", architecture={"family": "class", "name": name, "arguments": arguments})
 
 
 # --- use
@@ -335,22 +346,27 @@ def rerank(
 
     texts: the passages in the order in which they were found. first: their scores there; without them the reranker decides alone.
     share: how much of the new score is the reranker's, 0...1 (0: the order as it was); by default what was best on held-out queries in training.
-
-        hits = index.search(question, k=100)
-        hits = [hits[place] for place, _ in rerank(reranker, question, [hit.text for hit in hits], [hit.score for hit in hits])]
+    The hits of an `Index` are put in order by `reordered`.
     """
     module: Any = reranker.module
-    if not hasattr(module, "share"):
-        raise BadInput("this network does not score pairs of query and document: give one that neural-ranking made")
+    if reranker.output != "score":
+        raise BadInput("this network does not score pairs of query and document: give one that neural-ranking or prop made")
     if not query.strip():
         raise BadInput("the query is empty: say what is searched for")
     if first is not None and (len(first) != len(texts) or not np.isfinite(np.asarray(first, float)).all()):
         raise BadInput(f"the first search gave {len(texts)} texts and {len(first)} scores: one finite score for each is needed")
     if not len(texts):
         return []
-    share = float(module.share) if share is None else share
+    share = float(getattr(module, "share", 1.0)) if share is None else share
     if not 0 <= share <= 1:
         raise BadInput(f"share is {share}: give 0 to 1")
     scores = predict(reranker, Dataset.from_dict({"text": [[query, text] for text in texts]}), batch_size=batch_size)
     new = mixed(scores, None if first is None else np.asarray(first), share)
     return [(int(place), float(new[place])) for place in best_first(new)]
+
+
+def reordered(reranker: Network, query: str, hits: Sequence[Hit], *, share: float | None = None, batch_size: int = 64) -> list[Hit]:
+    """What `Index.search` found in the reranker's order, see `rerank`. Their scores are new; ranks has their old place, as "first search"."""
+    texts = [f"{hit.title}\n{hit.text}".strip() for hit in hits]
+    order = rerank(reranker, query, texts, [hit.score for hit in hits], share=share, batch_size=batch_size)
+    return [replace(hits[place], score=score, ranks={**hits[place].ranks, "first search": place + 1}) for place, score in order]

@@ -16,9 +16,23 @@ from wellread import Network
 from wellread.errors import BadInput
 from wellread.families import Transformer
 from wellread.inputs import TextInput
-from wellread.rerankers import best_first, build, rerank
+from wellread.rerankers import MODELS, best_first, build, rerank
 from wellread.retrieve import neural_ranking
-from wellread.retrieve.neural_ranking import best_share, candidates, learn, list_batches, listwise, ordered, pairwise, pointwise, read, scored, take
+from wellread.retrieve.neural_ranking import (
+    RATES,
+    best_share,
+    candidates,
+    learn,
+    list_batches,
+    listwise,
+    ordered,
+    pairwise,
+    pointwise,
+    read,
+    scored,
+    take,
+    value,
+)
 
 WORDS = ["wing", "flow", "heat", "shock", "wave", "plate", "jet", "body", "layer", "drag", "lift", "mach", "air", "cone", "tube", "gas", "panel", "load", "beam", "edge"]
 COLUMNS = ("sentence1", "sentence2", "score", "first")
@@ -159,6 +173,22 @@ def test_it_learns_that_shared_words_matter(small, model):
     assert torch.equal(found.module.words.weight, unit_words(small))
 
 
+@pytest.mark.parametrize("start", [0, 1, 2])
+@pytest.mark.parametrize("model", MODELS)
+def test_from_every_start_every_model_leaves_random_order(small, model, start):
+    """What is planted can be seen with and without the query, so that models that encode apart have a chance; the test queries are others."""
+    data = []
+    for seed, queries in ((0, 24), (1, 8)):
+        found = [each | {"sentence2": each["sentence2"].replace("edge", "gas") + (" edge" if each["score"] else " beam")} for each in rows(queries, 8, seed)]
+        data.append(Dataset.from_list(found))
+    torch.manual_seed(start)
+    network = build(small, model, 32, ["wing"])
+    train, judged = (read(each, network.input) for each in data)
+    learn(network, train, judged, learning_rate=RATES.get(model, 1e-3), seed=start)
+    random = np.mean([value(judged, np.random.default_rng(seed).random(len(judged.grades)), 1.0, "nDCG@10") for seed in range(20)])
+    assert value(judged, scored(network, judged), 1.0, "nDCG@10") > random + 0.1
+
+
 def test_it_does_not_learn_from_shuffled_grades(small):
     data, random = rows(queries=24), np.random.default_rng(0)
     for start in range(0, len(data), 8):
@@ -168,7 +198,7 @@ def test_it_does_not_learn_from_shuffled_grades(small):
     network = build(small, "knrm", 32, ["wing"])
     train, judged = (read(each, network.input) for each in (Dataset.from_list(data), table(queries=8, seed=1)))
     history = learn(network, train, judged, epochs=6, learning_rate=0.03)
-    assert found.output == "logits" and history.loss[-1] > 0.6  # a hinge of 1 is what knowing nothing costs
+    assert found.output == "score" and history.loss[-1] > 0.6  # a hinge of 1 is what knowing nothing costs
 
 
 @pytest.mark.parametrize("loss", ["pairwise", "pointwise", "listwise"])
@@ -190,6 +220,11 @@ def test_a_cross_encoder_is_trained_as_a_whole(kind):
     moved = [name for name, each in found.module.encoder.named_parameters() if not torch.equal(each, before[name])]
     assert any("layer.0" in name for name in moved)
     assert all(torch.equal(each, before[name]) for name, each in start.module.state_dict().items())
+    further = neural_ranking(found, table(queries=10), model="cross-encoder", epochs=1, length=32, learning_rate=1e-9)
+    for name, each in further.module.state_dict().items():
+        torch.testing.assert_close(each, found.module.state_dict()[name], atol=1e-5, rtol=0)
+    with pytest.raises(BadInput, match="model=cross-encoder"):
+        neural_ranking(found, table(queries=10), epochs=1, length=32)
 
 
 def test_words_move_only_when_asked(small):
@@ -237,14 +272,23 @@ def test_what_cannot_be_learned_from_is_counted(small):
 # --- what is refused
 
 
+class Letters(torch.nn.Module):
+    """A sentence encoder without a table of word vectors."""
+
+    def forward(self, input_ids: torch.Tensor, **_: torch.Tensor) -> torch.Tensor:
+        return torch.nn.functional.one_hot(input_ids % 8, 8).float().mean(1)
+
+
 def test_bad_input(small):
-    good = table()
+    good, letters = table(), Network(Letters(), small.input, output="embedding")
 
     def changed(column: str, value: object, row: int = 3) -> Dataset:
         return Dataset.from_list([{**each, column: value} if number == row else each for number, each in enumerate(rows())])
 
     cases = [
         ({"encoder": wellread.load("timm/test_vit", pretrained=False)}, "sentence encoder"),
+        ({"encoder": letters}, "no table of word vectors"),
+        ({"train": good.select([])}, "no rows|empty"),
         ({"train": changed("score", 0.5)}, "whole number"),
         ({"train": changed("score", -1.0)}, "whole number"),
         ({"train": changed("score", math.nan)}, "row 3"),

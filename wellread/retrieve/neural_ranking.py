@@ -32,6 +32,7 @@ from wellread.results import Report
 from wellread.train import History, fit
 
 SHARES = tuple(round(0.1 * tenth, 1) for tenth in range(11))  # that are tried of the reranker in the new score
+RATES = {"drmm": 3e-2, "knrm": 1e-2, "cross-encoder": 5e-5}  # learning rates; 1e-3 for the others
 HEAD_START = 20.0  # the new layer of a cross-encoder learns so much faster than the encoder below it
 
 
@@ -229,6 +230,7 @@ def neural_ranking(
     """A small network that puts what my search finds into a better order, and whether that gain is real on my queries.
 
     encoder: a sentence encoder, which is only read: its table of word vectors for the small models, all of it for the cross-encoder.
+        Or a cross-encoder that was made already (prop makes one without labels): with model=cross-encoder it is trained further.
     train: judged candidates of a first search, one a row: sentence1 the query, sentence2 the document, score its grade (0: not relevant, whole
         numbers). With a column "first", the first search's score, the two are weighed against each other. `candidates` makes such a table.
     held_out: the same of other queries, on which the epoch and the weight of the reranker are chosen; by default a fifth of the queries.
@@ -237,7 +239,7 @@ def neural_ranking(
     loss: pairwise (hinge, margin 1), pointwise (each candidate by itself) or listwise (softmax over the candidates, ListNet).
     negatives: candidates of lower grade that are drawn against each relevant one.
     epochs, patience: passes over the relevant candidates, and how many without a better average precision on `held_out` end the training.
-    learning_rate: 1e-3 when none is given, 5e-5 for the cross-encoder.
+    learning_rate: when none is given 3e-2 for drmm and 1e-2 for knrm, which have few weights, 5e-5 for the cross-encoder, 1e-3 for the others.
     batch_size: relevant candidates, each with its negatives.
     length: tokens of query and document together; longer documents are cut.
     train_words: train the word vectors too, for some thousands of queries and more; drmm cannot.
@@ -250,16 +252,19 @@ def neural_ranking(
     and when fewer than two queries have candidates of different grades on either side.
     Source: Guo et al. 2020, arXiv 1903.06902.
     """
-    given = sentence_input(encoder)
+    started = isinstance(encoder.module, CrossEncoder)
+    given = encoder.input if started and isinstance(encoder.input, TextInput) else sentence_input(encoder)
     for right, sentence in (
         (min(negatives, epochs, batch_size) >= 1, "negatives, epochs and batch_size must be at least 1"),
         (learning_rate is None or learning_rate > 0, f"learning_rate is {learning_rate}: give a number above 0"),
         (length >= 8, f"length is {length}: a query and a document need at least 8 tokens"),
         (not (train_words and model in ("drmm", "cross-encoder")), f"train_words does not go with {model}: leave it out"),
+        (not started or model == "cross-encoder", f"this network is a cross-encoder, and model is {model}: give model=cross-encoder to train it further"),
     ):
         if not right:
             raise BadInput(sentence)
-    config = getattr(getattr(encoder.module, "model", None), "config", None)
+    reader: Any = encoder.module.encoder if started else encoder.module
+    config = getattr(getattr(reader, "model", None), "config", None)
     longest = min(given.tokenizer.model_max_length, getattr(config, "max_position_embeddings", length))
     if model == "cross-encoder" and length > longest:
         raise BadInput(f"length is {length}, and this encoder reads {longest} tokens at most")
@@ -275,13 +280,13 @@ def neural_ranking(
     for each, what in ((learned, "train"), (judged, "held_out")):
         if len(each.usable) < 2:
             raise BadInput(f"{what} has {len(each.usable)} queries with candidates of different grades: at least 2 are needed (10 without held_out)")
-    rate = learning_rate or (5e-5 if model == "cross-encoder" else 1e-3)
+    rate = learning_rate or RATES.get(model, 1e-3)
     options: dict[str, Any] = {"loss": loss, "negatives": negatives, "patience": patience, "batch_size": batch_size, "train_words": train_words}
     network = build(encoder, model, length, train["sentence2"])
     history = learn(network, learned, judged, epochs=epochs, learning_rate=rate, seed=seed, **options)
-    started = time.perf_counter()
+    clock = time.perf_counter()
     found = scored(network, judged)
-    seconds = time.perf_counter() - started
+    seconds = time.perf_counter() - clock
     share, by_share = best_share(judged, found)
     network.module.share.fill_(share)  # type: ignore[union-attr,operator]
     network.reports["neural-ranking"] = report(network, lists, judged, found, share, by_share, history, seconds)
