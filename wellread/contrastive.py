@@ -43,7 +43,7 @@ def against_queue(
 ) -> Tensor:
     """Mean cross-entropy of the own key among it and all keys of the queue that are not of the same owner (He et al. 2020, eq. 1).
 
-    queries, keys: [B, d], the keys without gradient. owners: int64 [B], what each pair was drawn from.
+    queries, keys: [B, d]; the gradient of the keys, where they have one, is that of the own key. owners: int64 [B], what each pair was drawn from.
     """
     held, whose = queue.held()
     if cosine:
