@@ -91,24 +91,18 @@ def judged(before: Network, after: Network, queries: Dataset, texts: Dataset, *,
     return [{"search by": name} | measure(run, right, ["nDCG@10", "R@10"]).mean for name, run in runs.items()]
 
 
-def found_by_spans(
-    before: Network, after: Network, corpus: Dataset, queries: Dataset, texts: Dataset, *, score: Score = "cosine", language: str | None = "en"
-) -> dict[str, list[dict[str, Any]]]:
-    """The table of `judged` for a report, and its figure of the trained encoder in `after.measured`; neither when there are no queries."""
-    if not len(queries):
-        return {}
-    table = judged(before, after, queries, texts, score=score, language=language)
-    after.measured = [{"data": f"spans of {name_of(corpus)}", "rows": len(queries), "metrics": {"nDCG@10": table[2]["nDCG@10"]}}]
-    return {"finding held-out documents from a span of them": table}
-
-
 def with_spans(
     report: Report, before: Network, after: Network, corpus: Dataset, queries: Dataset, texts: Dataset, *, score: Score = "cosine", language: str | None = "en"
 ) -> Report:
-    """How a report on a trained encoder ends: with the score to search by, and with the table of `found_by_spans` and how to read it."""
+    """How a report on a trained encoder ends: with the score to search by, and with the table of `judged`, if there are queries, and how to read it.
+
+    The trained encoder's figure in it also goes into `after.measured`.
+    """
     report.text = f"{report.text} The encoder was trained for the {score} score: build the index with that.".strip()
-    report.tables |= found_by_spans(before, after, corpus, queries, texts, score=score, language=language)
     if len(queries):
+        table = judged(before, after, queries, texts, score=score, language=language)
+        after.measured = [{"data": f"spans of {name_of(corpus)}", "rows": len(queries), "metrics": {"nDCG@10": table[2]["nDCG@10"]}}]
+        report.tables |= {"finding held-out documents from a span of them": table}
         report.text += (
             f" The last table: {len(queries)} spans looked for among {len(texts)} texts. A span shares its rare words with its document, which is kinder to "
             "BM25 than people's questions are."
