@@ -16,7 +16,8 @@ from torch import Tensor
 from torch.nn import functional as F
 
 import wellread
-from wellread import Network, TextInput, families
+from tests.small_encoders import small_encoder, tokenizer_of
+from wellread import Network
 from wellread.calibration import (
     Calibration,
     calibrate,
@@ -46,18 +47,7 @@ CONFIGS: dict[str, dict[str, Any]] = {
 
 def made(kind: str = "bert") -> Network:
     """A small encoder of two languages: word b7 has the vector of a7 and the same shift as all words of its language."""
-    from tokenizers import Tokenizer, models, pre_tokenizers, processors
-    from transformers import PreTrainedTokenizerFast
-
-    special = {"[PAD]": 0, "[UNK]": 1, "[CLS]": 2, "[SEP]": 3}
-    words = Tokenizer(models.WordLevel(special | {word: i for i, word in enumerate(WORDS, 4)}, unk_token="[UNK]"))
-    words.pre_tokenizer = pre_tokenizers.Whitespace()
-    words.post_processor = processors.TemplateProcessing(single="[CLS] $A [SEP]", special_tokens=[("[CLS]", 2), ("[SEP]", 3)])
-    tokenizer = PreTrainedTokenizerFast(tokenizer_object=words, pad_token="[PAD]", unk_token="[UNK]", cls_token="[CLS]", sep_token="[SEP]")
-    tokenizer.model_input_names = ["input_ids", "attention_mask"]
-    architecture = {"family": "transformers", "auto": "AutoModel", "config": CONFIGS[kind], "pooling": "mean", "normalize": True}
-    torch.manual_seed(0)
-    network = Network(families.build(architecture), TextInput(tokenizer, 32), "head", None, "embedding", architecture)
+    network = small_encoder(tokenizer_of(WORDS, model_input_names=["input_ids", "attention_mask"]), CONFIGS[kind], length=32, shaken=False)
     with torch.no_grad():
         table = network.module.get_submodule("model.embeddings.word_embeddings").weight  # type: ignore[union-attr]
         table[4:44] = torch.randn(40, 24)

@@ -16,7 +16,8 @@ from scipy.stats import chisquare
 from torch import Tensor, nn
 
 import wellread
-from wellread import Network, TextInput, families
+from tests.small_encoders import small_encoder, tokenizer_of
+from wellread import Network, TextInput
 from wellread.cli import main
 from wellread.contrastive import in_batch
 from wellread.errors import BadInput
@@ -34,22 +35,7 @@ FAMILIES: dict[str, dict[str, Any]] = {
 
 
 def made(kind: str = "bert", normalize: bool = True) -> Network:
-    """A small encoder with fresh weights, and a tokenizer with [CLS] and [SEP]."""
-    from tokenizers import Tokenizer, models, pre_tokenizers, processors
-    from transformers import PreTrainedTokenizerFast
-
-    special = {"[PAD]": 0, "[UNK]": 1, "[CLS]": 2, "[SEP]": 3}
-    words = Tokenizer(models.WordLevel(special | {word: i for i, word in enumerate(WORDS, 4)}, unk_token="[UNK]"))
-    words.pre_tokenizer = pre_tokenizers.Whitespace()
-    words.post_processor = processors.TemplateProcessing(single="[CLS] $A [SEP]", special_tokens=[("[CLS]", 2), ("[SEP]", 3)])
-    tokenizer = PreTrainedTokenizerFast(tokenizer_object=words, pad_token="[PAD]", unk_token="[UNK]", cls_token="[CLS]", sep_token="[SEP]")
-    architecture = {"family": "transformers", "auto": "AutoModel", "config": FAMILIES[kind], "pooling": "mean", "normalize": normalize}
-    torch.manual_seed(0)
-    network = Network(families.build(architecture), TextInput(tokenizer, 64), "head", None, "embedding", architecture)
-    with torch.no_grad():
-        for parameter in network.module.parameters():
-            parameter += 0.05 * torch.randn_like(parameter)
-    return network
+    return small_encoder(tokenizer_of(WORDS), FAMILIES[kind], normalize=normalize)
 
 
 def corpus(rows: int = 40, length: int = 40, seed: int = 0) -> Dataset:

@@ -14,6 +14,7 @@ from datasets import Dataset
 from torch.nn import functional as F
 
 import wellread
+from tests.small_encoders import small_encoder, tokenizer_of
 from wellread import Network, TextInput, families
 from wellread.cli import main
 from wellread.errors import BadInput
@@ -63,23 +64,10 @@ FAMILIES: dict[str, dict[str, Any]] = {
 
 
 def made(kind: str = "bert", *, normalize: bool = False, mask: bool = True, **config: Any) -> Network:
-    """A small encoder with fresh weights, and a tokenizer with [CLS], [SEP] and [MASK]."""
-    from tokenizers import Tokenizer, models, pre_tokenizers, processors
-    from transformers import PreTrainedTokenizerFast
-
-    words = Tokenizer(models.WordLevel(SPECIAL | {word: i for i, word in enumerate(WORDS, len(SPECIAL))}, unk_token="[UNK]"))
-    words.pre_tokenizer = pre_tokenizers.Whitespace()
-    words.post_processor = processors.TemplateProcessing(single="[CLS] $A [SEP]", special_tokens=[("[CLS]", 2), ("[SEP]", 3)])
-    tokens = {"pad_token": "[PAD]", "unk_token": "[UNK]", "cls_token": "[CLS]", "sep_token": "[SEP]"} | ({"mask_token": "[MASK]"} if mask else {})
-    names = ["input_ids", "attention_mask"]
-    tokenizer = PreTrainedTokenizerFast(tokenizer_object=words, model_input_names=names, **tokens)
-    architecture = {"family": "transformers", "auto": "AutoModel", "config": {**FAMILIES[kind], **config}, "pooling": "mean", "normalize": normalize}
-    torch.manual_seed(0)
-    network = Network(families.build(architecture), TextInput(tokenizer, 60), "head", None, "embedding", architecture)
-    with torch.no_grad():
-        for parameter in network.module.parameters():
-            parameter += 0.05 * torch.randn_like(parameter)
-    return network
+    tokenizer = tokenizer_of(WORDS, special=5, model_input_names=["input_ids", "attention_mask"])
+    if not mask:
+        tokenizer.mask_token = None
+    return small_encoder(tokenizer, {**FAMILIES[kind], **config}, length=60, normalize=normalize)
 
 
 def corpus(rows: int = 40, length: int = 24, seed: int = 0) -> Dataset:

@@ -13,7 +13,8 @@ import torch
 from datasets import Dataset
 
 import wellread
-from wellread import Network, TextInput, families
+from tests.small_encoders import small_encoder, tokenizer_of
+from wellread import Network
 from wellread.batches import Batches
 from wellread.cli import main
 from wellread.errors import BadInput
@@ -31,20 +32,7 @@ FAMILIES: dict[str, dict[str, Any]] = {
 
 
 def made(kind: str = "bert") -> Network:
-    """A small encoder with fresh weights."""
-    from tokenizers import Tokenizer, models, pre_tokenizers
-    from transformers import PreTrainedTokenizerFast
-
-    words = Tokenizer(models.WordLevel({"[PAD]": 0, "[UNK]": 1} | {word: i for i, word in enumerate(WORDS, 4)}, unk_token="[UNK]"))
-    words.pre_tokenizer = pre_tokenizers.Whitespace()
-    tokenizer = PreTrainedTokenizerFast(tokenizer_object=words, pad_token="[PAD]", unk_token="[UNK]")
-    architecture = {"family": "transformers", "auto": "AutoModel", "config": FAMILIES[kind], "pooling": "mean", "normalize": False}
-    torch.manual_seed(0)
-    network = Network(families.build(architecture), TextInput(tokenizer, 64), "head", None, "embedding", architecture)
-    with torch.no_grad():
-        for parameter in network.module.parameters():
-            parameter += 0.05 * torch.randn_like(parameter)
-    return network
+    return small_encoder(tokenizer_of(WORDS, special=2), FAMILIES[kind], normalize=False)
 
 
 def corpus(pages: int = 20, passages: int = 3, seed: int = 0, links: bool = False) -> Dataset:
