@@ -56,8 +56,7 @@ class Lexicon(nn.Module):
 
     def logits(self, states: Tensor, table: Tensor, words: Tensor) -> Tensor:
         """[..., U] for the words [U] of the table [V, E], from states [..., C]: what TiedHead gives, for some of the words."""
-        guess = self.guess
-        return F.linear(guess.norm(F.gelu(guess.dense(states))), table[words], guess.bias[words])
+        return F.linear(self.guess.beside(states), table[words], self.guess.bias[words])
 
 
 def lexicon_of(network: Network | nn.Module) -> Lexicon:

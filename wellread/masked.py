@@ -89,7 +89,11 @@ class TiedHead(nn.Module):
 
     def forward(self, states: Tensor, table: Tensor) -> Tensor:
         """Logits [..., V] of states [..., C] and the table [V, E]."""
-        return F.linear(self.norm(F.gelu(self.dense(states))), table, self.bias)
+        return F.linear(self.beside(states), table, self.bias)
+
+    def beside(self, states: Tensor) -> Tensor:
+        """[..., E], what is compared with the table, from states [..., C]."""
+        return self.norm(F.gelu(self.dense(states)))
 
 
 def transformer_of(module: nn.Module) -> Any:
