@@ -218,13 +218,16 @@ def running(network: Network, device: torch.device) -> Iterator[None]:
     modes = {name: layer.training for name, layer in module.named_modules()}
     kernels = [layer.weight for layer in module.modules() if isinstance(layer, nn.Conv2d)]
     plain = all(kernel.is_contiguous() for kernel in kernels)
-    module.eval().to(device)
+    module.eval()
+    if device != before:  # asking every layer takes a millisecond
+        module.to(device)
     if kernels:
         module.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
     try:
         yield
     finally:
-        module.to(before)
+        if device != before:
+            module.to(before)
         if kernels and plain:
             module.to(memory_format=torch.contiguous_format)  # type: ignore[call-overload]  # another layout rounds differently
         for name, layer in module.named_modules():
