@@ -34,7 +34,7 @@ from wellread.train import fit
 
 QUICK = "--quick" in sys.argv
 SEEDS = [0] if QUICK else [0, 1, 2]
-PAIRS, SMALL, LARGE, TOKENS = (96, 16, 96, 32) if QUICK else (1280, 32, 640, 128)
+PAIRS, SMALL, LARGE, TOKENS = (96, 16, 96, 32) if QUICK else (384, 32, 192, 64)
 RATE, WARMUP = 2e-5, 0.1
 EXPECTS = [
     Expect("small batches: at least as many tokens a second as the trainer, to a tenth", "small_ours_tokens_per_second / small_theirs_tokens_per_second", 0.9),
@@ -112,7 +112,7 @@ def main() -> None:
             for name in np.random.default_rng((seed, batch_size)).permutation(list(arms)):
                 made, seconds = arms[name](start, whole, batch_size, seed)
                 note(**{f"{size}_{name}_tokens_per_second": tokens / seconds})
-                if not QUICK:
+                if seed == SEEDS[0] and not QUICK:
                     note(**{f"{size}_{name}_ndcg_10": worth(made)})
     if QUICK:
         return
@@ -124,7 +124,7 @@ def main() -> None:
         sizes={"network": "all-MiniLM-L6-v2", "pairs": PAIRS, "batches": [SMALL, LARGE], "chunk": AT_ONCE, "tokens_of_a_text": TOKENS, "tokens": tokens},
         seconds=time.perf_counter() - began,
         seeds=SEEDS,
-        notes=["seconds are those of the training call alone, tokenisation included", "nDCG@10 on Cranfield's 225 queries; the pairs are its titles and abstracts"],
+        notes=["seconds are those of the training call alone, tokenisation included", "nDCG@10 on Cranfield's 225 queries, seed 0; the pairs are its titles and abstracts"],
     )
 
 
