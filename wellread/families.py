@@ -199,6 +199,7 @@ def open_transformers(where: str | Path, name: str) -> Opened:
     """A transformers or sentence-transformers model from the hub (only when named as hf/...) or a local folder."""
     import transformers
 
+    transformers.utils.logging.disable_progress_bar()  # it has one for reading a file
     try:
         config = transformers.AutoConfig.from_pretrained(where)
         auto = _auto_class(config)

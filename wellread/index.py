@@ -644,10 +644,6 @@ def encoder_of(given: Network | str | Path) -> tuple[Network, dict[str, Any]]:
     from wellread.inputs import TextInput
     from wellread.network import as_network
 
-    if not runtime.current().progress:
-        from transformers.utils import logging
-
-        logging.disable_progress_bar()
     network = as_network(given)
     if network.output != "embedding" or not isinstance(network.input, TextInput):
         what = network.output.replace("_", " ") if isinstance(network.input, TextInput) else "no embeddings of text"
