@@ -447,7 +447,7 @@ class Index:
                     + "; run the command that builds it again, it goes on where it stopped",
                     stacklevel=3,
                 )
-        if not len(self):
+        if not self._one("SELECT EXISTS (SELECT 1 FROM passages WHERE id IS NOT NULL)"):  # counting a million rows takes longer than the search
             raise BadInput(f"{self.folder} holds no passages: add some first")
         wanted = [name for name in wanted if ready[name]]
         if not wanted:
