@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -22,15 +23,18 @@ if TYPE_CHECKING:
 METRICS = ("accuracy", "balanced_accuracy", "macro_f1", "auroc", "log_loss")
 
 
+def outputs(network: Network, inputs: Iterable[Any]) -> np.ndarray:
+    """float32 outputs for all rows of these inputs (tensors, or dicts of token tensors, a batch each), in order; they may hold nan."""
+    device = runtime.device()
+    with running(network, device), torch.inference_mode(), runtime.autocast(device):
+        return np.concatenate([network(to_device(each, device)).float().cpu().numpy() for each in inputs])
+
+
 def predict(network: Network, data: Dataset, *, batch_size: int = 64) -> np.ndarray:
     """float32 outputs for every row, in order: logits [N, K], embeddings [N, d] or anomaly scores [N]."""
     batches = network_batches(network, data, batch_size=batch_size, label=False)
-    device = runtime.device()
-    parts = []
-    with running(network, device), torch.inference_mode(), runtime.autocast(device):
-        for batch in runtime.track(batches.epoch(0), f"predicting {name_of(data)}", total=len(batches)):
-            parts.append(network(to_device(batch["inputs"], device)).float().cpu().numpy())
-    found = np.concatenate(parts)
+    tracked = runtime.track(batches.epoch(0), f"predicting {name_of(data)}", total=len(batches))
+    found = outputs(network, (batch["inputs"] for batch in tracked))
     bad = np.flatnonzero(~np.isfinite(found.reshape(len(found), -1)).all(1))
     if len(bad):
         raise BadInput(f"the network's output for row {bad[0]} of {name_of(data)} is not finite: its weights or the input are damaged")

@@ -661,18 +661,12 @@ def encoder_of(given: Network | str | Path) -> tuple[Network, dict[str, Any]]:
 
 def encode(network: Network, texts: Sequence[str], batch_size: int = 64) -> np.ndarray:
     """float32 [N, d]. Texts of like length share a batch, so that little is padding; the order is kept. Raises `BadInput` for vectors that are not finite."""
-    import torch
-
-    from wellread.features import running, to_device
+    from wellread.evaluate import outputs
 
     source: Any = network.input
-    order, device = np.argsort([-len(text) for text in texts], kind="stable"), runtime.device()
-    parts = []
-    with running(network, device), torch.inference_mode(), runtime.autocast(device):
-        for start in range(0, len(texts), batch_size):  # no table for them: a search encodes one text, and that would take half of its time
-            some = source([texts[row] for row in order[start : start + batch_size]])
-            parts.append(network(to_device(some, device)).float().cpu().numpy())
-    found = np.concatenate(parts)
+    order = np.argsort([-len(text) for text in texts], kind="stable")
+    parts = (order[start : start + batch_size] for start in range(0, len(texts), batch_size))
+    found = outputs(network, (source([texts[row] for row in rows]) for rows in parts))  # no table: for the one text of a query it would take half of the time
     if not np.isfinite(found).all():
         wrong = texts[int(order[np.flatnonzero(~np.isfinite(found).all(1))[0]])]
         raise BadInput(f"the encoder gives no finite vector for the text {wrong[:60]!r}: its weights are damaged")

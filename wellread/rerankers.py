@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -19,12 +19,10 @@ from torch.nn import functional as F
 
 from wellread.errors import BadInput
 from wellread.evaluate import predict
+from wellread.index import Hit, whole_text
 from wellread.inputs import TextInput
 from wellread.network import Network
 from wellread.network import build as built
-
-if TYPE_CHECKING:
-    from wellread.index import Hit
 
 CENTRES = (1.0, 0.9, 0.7, 0.5, 0.3, 0.1, -0.1, -0.3, -0.5, -0.7, -0.9)  # of KNRM's kernels; the first is for the same word
 WIDTH = 0.1  # of the other kernels
@@ -367,6 +365,6 @@ def rerank(
 
 def reordered(reranker: Network, query: str, hits: Sequence[Hit], *, share: float | None = None, batch_size: int = 64) -> list[Hit]:
     """What `Index.search` found in the reranker's order, see `rerank`. Their scores are new; ranks has their old place, as "first search"."""
-    texts = [f"{hit.title}\n{hit.text}".strip() for hit in hits]
+    texts = [whole_text(hit.title, hit.text) for hit in hits]
     order = rerank(reranker, query, texts, [hit.score for hit in hits], share=share, batch_size=batch_size)
     return [replace(hits[place], score=score, ranks={**hits[place].ranks, "first search": place + 1}) for place, score in order]
