@@ -14,14 +14,26 @@ from wellread import Network, TextInput, families
 SPECIAL = {"pad_token": "[PAD]", "unk_token": "[UNK]", "cls_token": "[CLS]", "sep_token": "[SEP]", "mask_token": "[MASK]"}
 
 
-def tokenizer_of(words: Sequence[str], special: int = 4, **settings: Any) -> PreTrainedTokenizerFast:
-    """A tokenizer of these words behind the first `special` of SPECIAL; with [SEP] among them texts are framed. settings: of PreTrainedTokenizerFast."""
+def two_families(vocabulary: int) -> dict[str, dict[str, Any]]:
+    """Configurations of one layer, for a tokenizer of so many words and special tokens."""
+    small = {"vocab_size": vocabulary, "hidden_size": 24, "num_attention_heads": 2, "intermediate_size": 32, "num_hidden_layers": 1, "pad_token_id": 0}
+    return {
+        "bert": {"model_type": "bert", "max_position_embeddings": 48, **small},
+        "roberta": {"model_type": "roberta", "max_position_embeddings": 64, **small},
+    }
+
+
+def tokenizer_of(words: Sequence[str], special: int = 4, pair: str | None = None, **settings: Any) -> PreTrainedTokenizerFast:
+    """A tokenizer of these words behind the first `special` of SPECIAL; with [SEP] among them texts are framed.
+
+    pair: the frame of two texts, as TemplateProcessing has it. settings: of PreTrainedTokenizerFast.
+    """
     tokens = dict(list(SPECIAL.items())[:special])
     numbers = {word: number for number, word in enumerate([*tokens.values(), *words])}
     inner = Tokenizer(models.WordLevel(numbers, unk_token="[UNK]"))
     inner.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
     if special >= 4:
-        inner.post_processor = processors.TemplateProcessing(single="[CLS] $A [SEP]", special_tokens=[("[CLS]", 2), ("[SEP]", 3)])
+        inner.post_processor = processors.TemplateProcessing(single="[CLS] $A [SEP]", pair=pair, special_tokens=[("[CLS]", 2), ("[SEP]", 3)])
     return PreTrainedTokenizerFast(tokenizer_object=inner, **tokens, **settings)
 
 

@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 import wellread
-from tests.small_encoders import small_encoder, tokenizer_of
+from tests.small_encoders import small_encoder, tokenizer_of, two_families
 from wellread import Network
 from wellread.calibration import (
     Calibration,
@@ -38,11 +38,7 @@ from wellread.features import embed
 from wellread.index import Index, encode
 
 WORDS = [f"{language}{number}" for language in "ab" for number in range(40)]
-SMALL = {"vocab_size": 84, "hidden_size": 24, "num_attention_heads": 2, "intermediate_size": 32, "num_hidden_layers": 1, "pad_token_id": 0}
-CONFIGS: dict[str, dict[str, Any]] = {
-    "bert": {"model_type": "bert", "max_position_embeddings": 48, **SMALL},
-    "roberta": {"model_type": "roberta", "max_position_embeddings": 64, **SMALL},
-}
+CONFIGS = two_families(84)
 
 
 def made(kind: str = "bert") -> Network:

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 import wellread
-from tests.small_encoders import small_encoder, tokenizer_of
+from tests.small_encoders import small_encoder, tokenizer_of, two_families
 from wellread import Network
 from wellread.calibration import uncalibrated
 from wellread.cli import main
@@ -27,11 +27,7 @@ from wellread.retrieve.contexts import apart, contexts, found_neighbours
 from wellread.retrieve.contrastive_context_prediction import ContextContrast, LanguageNorm, Projected, effective_rank, learn, pair_batches
 
 WORDS = [f"{language}{number}" for language in "ab" for number in range(60)]
-SMALL = {"vocab_size": 124, "hidden_size": 24, "num_attention_heads": 2, "intermediate_size": 32, "num_hidden_layers": 1, "pad_token_id": 0}
-CONFIGS: dict[str, dict[str, Any]] = {
-    "bert": {"model_type": "bert", "max_position_embeddings": 48, **SMALL},
-    "roberta": {"model_type": "roberta", "max_position_embeddings": 64, **SMALL},
-}
+CONFIGS = two_families(124)
 
 
 def made(kind: str = "bert") -> Network:

@@ -16,7 +16,8 @@ import torch
 from datasets import Dataset
 
 import wellread
-from wellread import Network, TextInput, families
+from tests.small_encoders import small_encoder, tokenizer_of
+from wellread import Network
 from wellread.cli import main
 from wellread.errors import BadInput
 from wellread.masked import hidden_states
@@ -34,27 +35,9 @@ OPTIONS: dict[str, Any] = {"pairs": 2, "length": 48, "shortest": 0, "queries": 1
 
 def made(kind: str = "bert") -> Network:
     """A small encoder with fresh weights, and a tokenizer that frames pairs as this family does."""
-    from tokenizers import Tokenizer, models, pre_tokenizers, processors
-    from transformers import PreTrainedTokenizerFast
-
-    special = {"[PAD]": 0, "[UNK]": 1, "[CLS]": 2, "[SEP]": 3, "[MASK]": 4}
-    words = Tokenizer(models.WordLevel(special | {word: i for i, word in enumerate(WORDS, 5)}, unk_token="[UNK]"))
-    words.pre_tokenizer = pre_tokenizers.Whitespace()
     between = "[SEP] [SEP] $B [SEP]" if kind == "roberta" else "[SEP] $B:1 [SEP]:1"
-    words.post_processor = processors.TemplateProcessing(
-        single="[CLS] $A [SEP]", pair=f"[CLS] $A {between}", special_tokens=[("[CLS]", 2), ("[SEP]", 3)]
-    )
     names = ["input_ids", "attention_mask"] + (["token_type_ids"] if kind == "bert" else [])
-    tokenizer = PreTrainedTokenizerFast(
-        tokenizer_object=words, pad_token="[PAD]", unk_token="[UNK]", cls_token="[CLS]", sep_token="[SEP]", mask_token="[MASK]", model_input_names=names
-    )
-    architecture = {"family": "transformers", "auto": "AutoModel", "config": FAMILIES[kind], "pooling": "mean", "normalize": True}
-    torch.manual_seed(0)
-    network = Network(families.build(architecture), TextInput(tokenizer, 64), "head", None, "embedding", architecture)
-    with torch.no_grad():
-        for parameter in network.module.parameters():
-            parameter += 0.05 * torch.randn_like(parameter)
-    return network
+    return small_encoder(tokenizer_of(WORDS, special=5, pair=f"[CLS] $A {between}", model_input_names=names), FAMILIES[kind])
 
 
 def corpus(rows: int = 60, length: int = 40, seed: int = 0, own_share: float = 0.5) -> Dataset:
